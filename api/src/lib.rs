@@ -1,1 +1,35 @@
-//! (being written)
+//! The API between clients and the daemon: types, error codes, routes. No logic.
+//!
+//! Long work answers with an [`Operation`] at once; its events are a stream, it can be awaited and
+//! cancelled. Commands in a guest travel over a WebSocket ([`exec`]). The OpenAPI document beside
+//! this crate (`api/openapi.json`) is generated from these types and the handlers in
+//! `daemon/src/http/`, and a test there proves that it is current.
+//!
+//! Next step on the way of the data: `daemon/src/http/`.
+#![forbid(unsafe_code)]
+
+pub mod blob;
+pub mod error;
+pub mod events;
+pub mod exec;
+pub mod images;
+pub mod instances;
+pub mod operations;
+pub mod routes;
+pub mod server;
+
+pub use blob::Blob;
+pub use error::{ErrorBody, ErrorReply};
+pub use events::Event;
+pub use exec::{ExecControl, ExecEvent, ExecRequest, Tty};
+pub use images::{CatalogEntry, Image, PruneReply, PrunedImage};
+pub use instances::{
+    CloudInit, CloudInitStatus, DeleteQuery, GuestReport, Instance, InstanceImage, InstanceState,
+    LaunchRequest, LogQuery, PhaseTime, StartRequest, StopRequest, Usage,
+};
+pub use operations::{Operation, OperationEvent, OperationKind, OperationState, Progress};
+pub use pileus_base::{Class, Code, Digest, InstanceName, Phase, Size};
+pub use server::{Hypervisor, ServerInfo};
+
+/// A point in time, RFC 3339 in UTC.
+pub type Timestamp = jiff::Timestamp;

@@ -1,0 +1,205 @@
+//! Instances: what a client asks for and what it is told.
+
+use std::net::Ipv4Addr;
+
+use pileus_base::{Digest, InstanceName, Phase, Size};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use crate::Timestamp;
+use crate::blob::Blob;
+use crate::error::ErrorBody;
+
+/// The states of an instance; the machine that moves between them is drawn in
+/// `instances/src/machine/mod.rs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum InstanceState {
+    /// Its disk is being made.
+    Creating,
+    Stopped,
+    Starting,
+    Running,
+    Restarting,
+    Stopping,
+    /// The hypervisor runs, the guest does not answer.
+    Unknown,
+}
+
+impl InstanceState {
+    pub const ALL: [InstanceState; 7] = [
+        InstanceState::Creating,
+        InstanceState::Stopped,
+        InstanceState::Starting,
+        InstanceState::Running,
+        InstanceState::Restarting,
+        InstanceState::Stopping,
+        InstanceState::Unknown,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            InstanceState::Creating => "creating",
+            InstanceState::Stopped => "stopped",
+            InstanceState::Starting => "starting",
+            InstanceState::Running => "running",
+            InstanceState::Restarting => "restarting",
+            InstanceState::Stopping => "stopping",
+            InstanceState::Unknown => "unknown",
+        }
+    }
+}
+
+/// Asks for a new instance. What is not given gets its default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LaunchRequest {
+    /// `debian-13`, `build:debian-13`, `file:///…`, `https://…` or a digest of the store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// What the image's file must hash to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checksum: Option<Digest>,
+    /// A random name if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<InstanceName>,
+    /// 1 or more; 1 if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+    /// Bytes; at least 512 MiB; 1 GiB if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Size>,
+    /// Bytes; at least 1 GiB and the image's own size; 5 GiB (or the image's size) if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Size>,
+    /// User data for cloud-init: YAML, a script, MIME, an include list, or any of them gzipped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_data: Option<Blob>,
+    /// IANA name of the guest's time zone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timezone: Option<String>,
+    /// Seconds for the boot, and again for cloud-init; 300 if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<u64>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StartRequest {
+    /// Seconds for the boot, and again for cloud-init; 300 if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<u64>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StopRequest {
+    /// Cut the power instead of asking the guest.
+    #[serde(default)]
+    pub force: bool,
+    /// Seconds that the guest has to shut down; 300 if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<u64>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct DeleteQuery {
+    /// Delete for good instead of moving to the trash.
+    #[serde(default)]
+    pub purge: bool,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct LogQuery {
+    /// Keep the reply open and send what is added.
+    #[serde(default)]
+    pub follow: bool,
+    /// Only the last so many lines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tail: Option<u32>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Instance {
+    pub id: Uuid,
+    pub name: InstanceName,
+    pub state: InstanceState,
+    /// In the trash: `recover` brings it back, `purge` ends it.
+    pub deleted: bool,
+    pub image: InstanceImage,
+    pub cpus: u32,
+    pub memory: Size,
+    pub disk: Size,
+    pub mac: String,
+    /// Addresses while it runs; the one on pileus's own network first.
+    pub ipv4: Vec<Ipv4Addr>,
+    #[schema(value_type = String, format = "date-time")]
+    pub created_at: Timestamp,
+    #[schema(value_type = Option<String>, format = "date-time")]
+    pub started_at: Option<Timestamp>,
+    /// How long each phase of the last launch or start took.
+    pub phases: Vec<PhaseTime>,
+    /// What cloud-init said of the instance's first boot.
+    pub cloud_init: Option<CloudInit>,
+    /// Why the instance is in this state, if something went wrong.
+    pub last_error: Option<ErrorBody>,
+    /// What the guest last told of itself, while it runs.
+    pub report: Option<GuestReport>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct InstanceImage {
+    pub digest: Digest,
+    /// What was asked for, `debian-13`.
+    pub source: String,
+    pub os: String,
+    pub release: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PhaseTime {
+    pub phase: Phase,
+    pub milliseconds: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CloudInit {
+    pub status: CloudInitStatus,
+    pub errors: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CloudInitStatus {
+    Running,
+    Done,
+    /// Done, with warnings.
+    Degraded,
+    Error,
+    /// The image has no cloud-init, or it is disabled.
+    Absent,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct GuestReport {
+    /// `Debian GNU/Linux 13 (trixie)`.
+    pub os: String,
+    pub kernel: String,
+    pub cpus: u32,
+    /// Averages over 1, 5 and 15 minutes.
+    pub load: [f64; 3],
+    pub memory: Usage,
+    /// Of the root file system.
+    pub disk: Usage,
+    pub uptime_seconds: u64,
+}
+
+/// Bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Usage {
+    pub used: u64,
+    pub total: u64,
+}

@@ -1,0 +1,105 @@
+//! Operations: long work that answers at once, tells what it does, and can be awaited or cancelled.
+//!
+//! ```text
+//!   running ──▶ succeeded
+//!      │ ├────▶ failed
+//!      │ └────▶ cancelled
+//!      └──────▶ failed (interrupted)   the daemon ended; its next start finished or undid the work
+//! ```
+
+use pileus_base::Phase;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use crate::Timestamp;
+use crate::error::ErrorBody;
+use crate::instances::PhaseTime;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OperationKind {
+    Launch,
+    Start,
+    Stop,
+    Restart,
+    Delete,
+    /// Brings an image into the store.
+    Pull,
+}
+
+impl OperationKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            OperationKind::Launch => "launch",
+            OperationKind::Start => "start",
+            OperationKind::Stop => "stop",
+            OperationKind::Restart => "restart",
+            OperationKind::Delete => "delete",
+            OperationKind::Pull => "pull",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OperationState {
+    Running,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Operation {
+    pub id: Uuid,
+    pub kind: OperationKind,
+    /// Name of the instance or image that it works on.
+    pub target: String,
+    pub state: OperationState,
+    pub phase: Option<Phase>,
+    pub progress: Option<Progress>,
+    /// Phases that are over, in order.
+    pub phases: Vec<PhaseTime>,
+    pub warnings: Vec<String>,
+    pub error: Option<ErrorBody>,
+    #[schema(value_type = String, format = "date-time")]
+    pub created_at: Timestamp,
+    #[schema(value_type = Option<String>, format = "date-time")]
+    pub ended_at: Option<Timestamp>,
+}
+
+impl Operation {
+    pub fn is_over(&self) -> bool {
+        self.state != OperationState::Running
+    }
+}
+
+/// Bytes done and, if known, in all, within the current phase.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Progress {
+    pub done: u64,
+    pub total: Option<u64>,
+}
+
+/// What the stream at `/v1/operations/{id}/events` sends. A new reader first gets the current phase.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum OperationEvent {
+    Phase {
+        phase: Phase,
+    },
+    Progress {
+        progress: Progress,
+    },
+    Log {
+        line: String,
+    },
+    Warning {
+        line: String,
+    },
+    /// The last event.
+    Done {
+        operation: Operation,
+    },
+}

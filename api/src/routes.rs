@@ -1,0 +1,53 @@
+//! The paths of the API, so that server and clients can't drift apart.
+
+pub const OPENAPI: &str = "/openapi.json";
+pub const SERVER: &str = "/v1/server";
+pub const EVENTS: &str = "/v1/events";
+pub const INSTANCES: &str = "/v1/instances";
+pub const INSTANCE: &str = "/v1/instances/{name}";
+pub const INSTANCE_START: &str = "/v1/instances/{name}/start";
+pub const INSTANCE_STOP: &str = "/v1/instances/{name}/stop";
+pub const INSTANCE_RESTART: &str = "/v1/instances/{name}/restart";
+pub const INSTANCE_RECOVER: &str = "/v1/instances/{name}/recover";
+pub const INSTANCE_EXEC: &str = "/v1/instances/{name}/exec";
+pub const INSTANCE_LOG: &str = "/v1/instances/{name}/log";
+pub const PURGE: &str = "/v1/purge";
+pub const CATALOG: &str = "/v1/catalog";
+pub const IMAGES: &str = "/v1/images";
+pub const IMAGE: &str = "/v1/images/{digest}";
+pub const IMAGES_PRUNE: &str = "/v1/images/prune";
+pub const OPERATIONS: &str = "/v1/operations";
+pub const OPERATION: &str = "/v1/operations/{id}";
+pub const OPERATION_EVENTS: &str = "/v1/operations/{id}/events";
+/// Long poll: answers when the operation is over, or with its present state after `?seconds=`.
+pub const OPERATION_WAIT: &str = "/v1/operations/{id}/wait";
+
+/// Fills the one parameter of a path; the value is percent-encoded.
+pub fn fill(path: &str, value: &str) -> String {
+    let Some((before, rest)) = path.split_once('{') else {
+        return path.to_owned();
+    };
+    let after = rest.split_once('}').map_or("", |(_, after)| after);
+    let mut filled = String::from(before);
+    for byte in value.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~:".contains(&byte) {
+            filled.push(byte as char);
+        } else {
+            use std::fmt::Write;
+            // Writing to a String can't fail.
+            let _ = write!(filled, "%{byte:02X}");
+        }
+    }
+    filled + after
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_can_not_leave_its_segment() {
+        assert_eq!(fill(INSTANCE_START, "foo"), "/v1/instances/foo/start");
+        assert_eq!(fill(INSTANCE, "../x?y"), "/v1/instances/..%2Fx%3Fy");
+    }
+}
