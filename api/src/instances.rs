@@ -135,6 +135,7 @@ pub struct Instance {
     pub disk: Size,
     pub mac: String,
     /// Addresses while it runs; the one on pileus's own network first.
+    #[schema(value_type = Vec<String>, format = "ipv4")]
     pub ipv4: Vec<Ipv4Addr>,
     #[schema(value_type = String, format = "date-time")]
     pub created_at: Timestamp,
