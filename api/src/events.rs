@@ -21,7 +21,7 @@ pub enum Event {
     /// An instance is gone for good.
     InstancePurged { id: Uuid, name: InstanceName },
     /// An operation began or ended.
-    Operation { operation: Operation },
+    Operation { operation: Box<Operation> },
     /// An image was added to or removed from the store.
     Images,
     /// The reader was too slow and missed events: it should fetch the lists again.

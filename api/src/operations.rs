@@ -100,6 +100,6 @@ pub enum OperationEvent {
     },
     /// The last event.
     Done {
-        operation: Operation,
+        operation: Box<Operation>,
     },
 }
