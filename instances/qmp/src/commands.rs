@@ -1,0 +1,226 @@
+//! The commands that pileus uses, as types. Others go through [`crate::Client::execute`].
+
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// A command: its arguments are its fields.
+pub trait Command: Serialize + Sync {
+    const NAME: &'static str;
+    type Reply: DeserializeOwned;
+}
+
+/// Commands without arguments whose reply says nothing but "done".
+macro_rules! plain {
+    ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, Serialize)]
+        pub struct $name {}
+
+        impl Command for $name {
+            const NAME: &'static str = $text;
+            type Reply = IgnoredAny;
+        }
+    )*};
+}
+
+plain! {
+    /// Presses the power button; the guest decides what it does.
+    SystemPowerdown = "system_powerdown";
+    /// Pulls the reset line.
+    SystemReset = "system_reset";
+    /// Lets the processors run.
+    Cont = "cont";
+    /// Halts the processors.
+    Stop = "stop";
+    /// Ends QEMU at once, with no word to the guest.
+    Quit = "quit";
+}
+
+/// Whether the processors run, and why not.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryStatus {}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Status {
+    pub running: bool,
+    /// QEMU's run state, such as `running`, `paused`, `shutdown`, `guest-panicked`, `io-error`.
+    pub status: String,
+}
+
+impl Command for QueryStatus {
+    const NAME: &'static str = "query-status";
+    type Reply = Status;
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryCpusFast {}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Cpu {
+    pub cpu_index: u32,
+    /// The host's thread that runs it.
+    pub thread_id: i32,
+}
+
+impl Command for QueryCpusFast {
+    const NAME: &'static str = "query-cpus-fast";
+    type Reply = Vec<Cpu>;
+}
+
+/// The disks as the guest sees them, in QEMU's own words.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryBlock {}
+
+impl Command for QueryBlock {
+    const NAME: &'static str = "query-block";
+    type Reply = Vec<Value>;
+}
+
+/// Adds a device; `properties` depend on the driver.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceAdd {
+    pub driver: String,
+    pub id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bus: Option<String>,
+    #[serde(flatten)]
+    pub properties: serde_json::Map<String, Value>,
+}
+
+impl Command for DeviceAdd {
+    const NAME: &'static str = "device_add";
+    type Reply = IgnoredAny;
+}
+
+/// Asks the guest to let a device go; done when the event `DEVICE_DELETED` comes.
+#[derive(Debug, Clone, Serialize)]
+pub struct DeviceDel {
+    pub id: String,
+}
+
+impl Command for DeviceDel {
+    const NAME: &'static str = "device_del";
+    type Reply = IgnoredAny;
+}
+
+/// Adds a network back end on a tap that was handed over with [`GetFd`] under the name `fd`.
+#[derive(Debug, Clone, Serialize)]
+pub struct NetdevAddTap {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    pub id: String,
+    /// The name under which the descriptor was handed over.
+    pub fd: String,
+    vhost: bool,
+}
+
+impl NetdevAddTap {
+    pub fn new(id: impl Into<String>, fd: impl Into<String>) -> Self {
+        Self {
+            kind: "tap",
+            id: id.into(),
+            fd: fd.into(),
+            vhost: false,
+        }
+    }
+}
+
+impl Command for NetdevAddTap {
+    const NAME: &'static str = "netdev_add";
+    type Reply = IgnoredAny;
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct NetdevDel {
+    pub id: String,
+}
+
+impl Command for NetdevDel {
+    const NAME: &'static str = "netdev_del";
+    type Reply = IgnoredAny;
+}
+
+/// Hands a descriptor over under a name ([`crate::Client::run_with_fd`]).
+#[derive(Debug, Clone, Serialize)]
+pub struct GetFd {
+    pub fdname: String,
+}
+
+impl Command for GetFd {
+    const NAME: &'static str = "getfd";
+    type Reply = IgnoredAny;
+}
+
+/// Drops a descriptor that was handed over and not used.
+#[derive(Debug, Clone, Serialize)]
+pub struct CloseFd {
+    pub fdname: String,
+}
+
+impl Command for CloseFd {
+    const NAME: &'static str = "closefd";
+    type Reply = IgnoredAny;
+}
+
+/// Adds a descriptor to a set, openable as `/dev/fdset/SET` ([`crate::Client::run_with_fd`]).
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct AddFd {
+    /// `None` lets QEMU choose a new set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fdset_id: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub opaque: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct AddedFd {
+    pub fdset_id: u32,
+    /// The number in QEMU's process.
+    pub fd: i32,
+}
+
+impl Command for AddFd {
+    const NAME: &'static str = "add-fd";
+    type Reply = AddedFd;
+}
+
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct RemoveFd {
+    pub fdset_id: u32,
+}
+
+impl Command for RemoveFd {
+    const NAME: &'static str = "remove-fd";
+    type Reply = IgnoredAny;
+}
+
+/// Adds a node to the block graph.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockdevAdd {
+    pub driver: String,
+    pub node_name: String,
+    #[serde(flatten)]
+    pub properties: serde_json::Map<String, Value>,
+}
+
+impl Command for BlockdevAdd {
+    const NAME: &'static str = "blockdev-add";
+    type Reply = IgnoredAny;
+}
+
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockdevDel {
+    pub node_name: String,
+}
+
+impl Command for BlockdevDel {
+    const NAME: &'static str = "blockdev-del";
+    type Reply = IgnoredAny;
+}
