@@ -1,0 +1,77 @@
+#!/bin/sh
+# pileus: puts the guest agent in place and starts it. cloud-init runs this at every boot in its
+# network stage; it must be quick, must not wait for anything, and must not fail the boot.
+umask 077
+dir=/usr/local/lib/pileus
+etc=/etc/pileus
+python=
+for path in /usr/bin/python3 /usr/local/bin/python3 /usr/libexec/platform-python; do
+    if [ -x "$path" ]; then python=$path; break; fi
+done
+[ -n "$python" ] || { echo "pileus: no Python 3, no agent" >&2; exit 0; }
+mkdir -p "$dir" "$etc"
+chmod 755 "$dir" "$etc"
+
+# put MODE PATH: replaces PATH by standard input; true if that changed it.
+put() {
+    cat >"$2.new" || return 1
+    chmod "$1" "$2.new"
+    if [ -f "$2" ] && [ "$(cat "$2")" = "$(cat "$2.new")" ]; then rm -f "$2.new"; return 1; fi
+    mv -f "$2.new" "$2"
+}
+
+changed=
+put 755 "$dir/agent.py" <<'END-OF-PILEUS-FILE' && changed=1
+@AGENT@
+END-OF-PILEUS-FILE
+put 600 "$etc/agent.json" <<'END-OF-PILEUS-FILE' && changed=1
+@SETTINGS@
+END-OF-PILEUS-FILE
+put 600 "$etc/ssh_host_ed25519_key" <<'END-OF-PILEUS-FILE'
+@HOST_KEY@
+END-OF-PILEUS-FILE
+put 644 "$etc/authorized_keys" <<'END-OF-PILEUS-FILE'
+@AUTHORIZED@
+END-OF-PILEUS-FILE
+
+if [ -d /run/systemd/system ]; then
+    unit=/etc/systemd/system/pileus-agent.service
+    [ -e "$unit" ] && known=1 || known=
+    if put 644 "$unit" <<END-OF-PILEUS-FILE
+[Unit]
+Description=pileus guest agent
+DefaultDependencies=no
+After=local-fs.target
+Before=shutdown.target
+Conflicts=shutdown.target
+
+[Service]
+ExecStart=$python -I -S $dir/agent.py
+Restart=always
+RestartSec=1
+TasksMax=infinity
+
+[Install]
+WantedBy=sysinit.target
+END-OF-PILEUS-FILE
+    then
+        mkdir -p /etc/systemd/system/sysinit.target.wants
+        chmod 755 /etc/systemd/system/sysinit.target.wants
+        ln -sf "$unit" /etc/systemd/system/sysinit.target.wants/pileus-agent.service
+        [ -z "$known" ] || systemctl daemon-reload
+        changed=1
+    fi
+    if [ -n "$changed" ]; then
+        systemctl --no-block restart pileus-agent.service
+    else
+        systemctl --no-block start pileus-agent.service
+    fi
+else
+    # No systemd: a plain process of this boot, one at a time.
+    pid=$(cat /run/pileus-agent.pid 2>/dev/null)
+    if [ -z "$pid" ] || ! kill -0 "$pid" 2>/dev/null; then
+        setsid "$python" -I -S "$dir/agent.py" </dev/null >/dev/null 2>&1 &
+        echo $! >/run/pileus-agent.pid
+    fi
+fi
+exit 0

@@ -1,0 +1,243 @@
+//! The seed disk: a small ISO image labelled `cidata` from which cloud-init's NoCloud source reads who
+//! this machine is. It holds the user's text untouched as user-data; all that is ours (the agent, the
+//! keys, defaults) travels as vendor-data, so that the user's text stays the last word.
+//!
+//! The agent comes as a `cloud-boothook` part, not as `write_files` and `runcmd`: those lists would be
+//! replaced by the user's own. The image holds private keys; the caller keeps it 0600.
+//!
+//! Next: QEMU attaches the image (`instances/src/qemu/`), `agent.py` wakes up in the guest.
+
+use std::io::Cursor;
+
+use hadris_iso::joliet::JolietLevel;
+use hadris_iso::read::PathSeparator;
+use hadris_iso::write::options::{CreationFeatures, IsoFormatOptions};
+use hadris_iso::write::{InputEntry, InputTree, IsoImageWriter};
+use pileus_base::{Code, Error, Result};
+use serde_json::{Map, Value, json};
+
+use super::LOGIN_USER;
+use super::keys::InstanceKeys;
+
+/// The agent as it is put in every guest.
+pub const AGENT_PY: &str = include_str!("agent.py");
+const BOOTHOOK: &str = include_str!("boothook.sh");
+const BOUNDARY: &str = "=-pileus-part-=";
+
+/// A network card as cloud-init shall set it up: by its MAC address, with DHCP.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SeedNic {
+    /// Six hexadecimal pairs with colons.
+    pub mac: String,
+    /// The boot does not wait for this card's address. Packages and `#include` of user data may then
+    /// come too early; for the first card leave it false.
+    pub optional: bool,
+}
+
+/// What a seed disk says.
+#[derive(Debug, Clone)]
+pub struct SeedSpec<'a> {
+    /// A new one makes cloud-init treat the machine as new.
+    pub instance_id: &'a str,
+    pub hostname: &'a str,
+    /// Checked text of the user ([`super::cloud_init::check`]).
+    pub user_data: Option<&'a [u8]>,
+    /// The cards that are there at boot, the default one first; empty leaves it to cloud-init.
+    pub nics: &'a [SeedNic],
+    pub keys: &'a InstanceKeys,
+    /// IANA name, `Europe/Berlin`.
+    pub timezone: Option<&'a str>,
+}
+
+/// Builds the image.
+pub fn build(spec: &SeedSpec<'_>) -> Result<Vec<u8>> {
+    let user_data = spec.user_data.unwrap_or(b"#cloud-config\n{}\n");
+    let mut entries = vec![
+        InputEntry::file("user-data", user_data),
+        InputEntry::file("meta-data", meta_data(spec)?),
+        InputEntry::file("vendor-data", vendor_data(spec)?),
+    ];
+    if !spec.nics.is_empty() {
+        entries.push(InputEntry::file("network-config", network_config(spec)?));
+    }
+    write_iso(entries)
+}
+
+/// The one place that knows the ISO library.
+fn write_iso(entries: Vec<InputEntry>) -> Result<Vec<u8>> {
+    let options = IsoFormatOptions {
+        volume_name: "cidata".into(),
+        system_id: None,
+        volume_set_id: None,
+        publisher_id: None,
+        preparer_id: None,
+        application_id: None,
+        sector_size: 2048,
+        path_separator: PathSeparator::ForwardSlash,
+        strict_charset: false,
+        features: CreationFeatures {
+            joliet: Some(JolietLevel::Level3),
+            ..CreationFeatures::rock_ridge()
+        },
+    };
+    let tree = InputTree::new(PathSeparator::ForwardSlash, entries);
+    IsoImageWriter::create(Cursor::new(Vec::new()), tree, options)
+        .map(Cursor::into_inner)
+        .map_err(|err| Error::internal(format!("The seed disk can't be written: {err}")))
+}
+
+fn meta_data(spec: &SeedSpec<'_>) -> Result<String> {
+    json_text(&json!({
+        "instance-id": spec.instance_id,
+        "local-hostname": spec.hostname,
+        "public-keys": [spec.keys.client_public_line()?],
+    }))
+}
+
+fn network_config(spec: &SeedSpec<'_>) -> Result<String> {
+    let mut ethernets = Map::new();
+    for (index, nic) in spec.nics.iter().enumerate() {
+        check_mac(&nic.mac)?;
+        let name = format!("eth{index}");
+        let mut card = json!({
+            "match": { "macaddress": nic.mac.to_ascii_lowercase() },
+            "set-name": name,
+            "dhcp4": true,
+            // By MAC: clones have the same machine-id until they are given their own.
+            "dhcp-identifier": "mac",
+        });
+        if nic.optional {
+            card["optional"] = true.into();
+        }
+        if index > 0 {
+            card["dhcp4-overrides"] = json!({ "route-metric": 200 });
+        }
+        ethernets.insert(name, card);
+    }
+    json_text(&json!({ "version": 2, "ethernets": ethernets }))
+}
+
+/// The defaults under the user's text. `#cloud-config` and JSON: every JSON text is YAML, and no
+/// string can be taken for something else.
+fn vendor_config(spec: &SeedSpec<'_>) -> Result<String> {
+    let client = spec.keys.client_public_line()?;
+    let config = json!({
+        "users": ["default"],
+        "system_info": { "default_user": { "name": LOGIN_USER } },
+        "ssh_authorized_keys": [client],
+        // One known key instead of three new ones: the host can pin it, and the boot is shorter.
+        "ssh_keys": {
+            "ed25519_private": spec.keys.host_private_text()?,
+            "ed25519_public": spec.keys.host_public_line()?,
+        },
+        "manage_etc_hosts": true,
+        "growpart": { "mode": "auto", "devices": ["/"], "ignore_growroot_disabled": false },
+        "resize_rootfs": true,
+        // Only prints keys to the console, at the price of several processes.
+        "no_ssh_fingerprints": true,
+        "ssh": { "emit_keys_to_console": false },
+    });
+    Ok(format!("#cloud-config\n{}", json_text(&config)?))
+}
+
+/// The script that installs the agent with the instance's own keys.
+fn boothook(spec: &SeedSpec<'_>) -> Result<String> {
+    let mut settings = json!({
+        "user": LOGIN_USER,
+        "uid": 1000,
+        "instance": spec.instance_id,
+    });
+    if let Some(zone) = spec.timezone {
+        check_timezone(zone)?;
+        settings["timezone"] = zone.into();
+    }
+    let mut script = BOOTHOOK.to_owned();
+    for (mark, text) in [
+        ("@AGENT@", AGENT_PY),
+        ("@SETTINGS@", &json_text(&settings)?),
+        ("@HOST_KEY@", &spec.keys.host_private_text()?),
+        ("@AUTHORIZED@", &spec.keys.client_public_line()?),
+    ] {
+        let text = text.trim_end();
+        if text.lines().any(|line| line == "END-OF-PILEUS-FILE") {
+            return Err(Error::internal("A file of the seed holds its own end mark"));
+        }
+        script = script.replacen(mark, text, 1);
+    }
+    Ok(script)
+}
+
+fn vendor_data(spec: &SeedSpec<'_>) -> Result<String> {
+    let parts = [
+        ("text/cloud-boothook", "pileus-agent", boothook(spec)?),
+        ("text/cloud-config", "pileus-defaults", vendor_config(spec)?),
+    ];
+    let mut text =
+        format!("Content-Type: multipart/mixed; boundary=\"{BOUNDARY}\"\nMIME-Version: 1.0\n\n");
+    for (kind, name, body) in parts {
+        text += &format!(
+            "--{BOUNDARY}\nContent-Type: {kind}; charset=\"us-ascii\"\nMIME-Version: 1.0\n\
+             Content-Transfer-Encoding: 7bit\n\
+             Content-Disposition: attachment; filename=\"{name}\"\n\n{body}\n"
+        );
+    }
+    text += &format!("--{BOUNDARY}--\n");
+    if !text.is_ascii() {
+        return Err(Error::internal("The vendor data must be ASCII"));
+    }
+    Ok(text)
+}
+
+/// JSON in one line, everything beyond ASCII escaped.
+fn json_text(value: &Value) -> Result<String> {
+    let text = serde_json::to_string(value)
+        .map_err(|err| Error::internal(format!("The seed can't be written: {err}")))?;
+    let mut ascii = String::with_capacity(text.len() + 1);
+    for c in text.chars() {
+        if c.is_ascii() {
+            ascii.push(c);
+        } else {
+            let mut units = [0; 2];
+            for unit in c.encode_utf16(&mut units) {
+                ascii += &format!("\\u{unit:04x}");
+            }
+        }
+    }
+    ascii.push('\n');
+    Ok(ascii)
+}
+
+fn check_mac(mac: &str) -> Result<()> {
+    let pairs: Vec<&str> = mac.split(':').collect();
+    let ok = pairs.len() == 6
+        && pairs
+            .iter()
+            .all(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()));
+    if ok {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::InvalidArgument,
+        format!("{mac} is not a MAC address"),
+    ))
+}
+
+fn check_timezone(zone: &str) -> Result<()> {
+    let part = |p: &str| {
+        !p.is_empty()
+            && p.bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"_+-".contains(&b))
+    };
+    if zone.len() <= 64 && zone.split('/').all(part) {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::InvalidArgument,
+        format!("{zone} is not the name of a time zone"),
+    )
+    .advise("Give an IANA name such as Europe/Berlin."))
+}
+
+#[cfg(test)]
+#[path = "seed_tests.rs"]
+mod tests;
