@@ -1,1 +1,7 @@
-//! (being written)
+//! Instances: from "start this machine" down to QEMU, and up from QEMU to a guest that takes commands.
+//!
+//! `machine/` owns an instance (one task, the state machine), `qemu/` makes and watches the process
+//! over QMP (`qmp/`, a crate of its own), `guest/` talks to the system inside (agent, seed, SSH).
+//! Nothing here knows HTTP or the database; the daemon passes a journal and the wiring in.
+
+pub mod machine;

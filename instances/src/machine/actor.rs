@@ -1,0 +1,492 @@
+//! The task of an instance: takes requests one after the other and reacts to what the VM does.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pileus_api::{ErrorBody, InstanceState};
+use pileus_base::{Code, Error, Phase, Reporter, Result};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::driver::{Driver, GuestEvent, TRIM_EVERY, Vm, VmEvent};
+use super::rules::{Ask, Decision, decide, refusal};
+use super::{BOOT_TIMEOUT, Config, Request, Snapshot};
+
+pub(super) struct Actor<D: Driver> {
+    pub(super) config: Config<D>,
+    pub(super) vm: Option<D::Vm>,
+    queue: mpsc::Receiver<Request<D>>,
+    publish: watch::Sender<Snapshot>,
+    interrupt: Arc<Mutex<CancellationToken>>,
+    /// When a guest that reboots must be up again.
+    reboot_until: Option<Instant>,
+}
+
+impl<D: Driver> Actor<D> {
+    pub(super) fn new(
+        config: Config<D>,
+        vm: Option<D::Vm>,
+        queue: mpsc::Receiver<Request<D>>,
+        publish: watch::Sender<Snapshot>,
+        interrupt: Arc<Mutex<CancellationToken>>,
+    ) -> Self {
+        Self {
+            config,
+            vm,
+            queue,
+            publish,
+            interrupt,
+            reboot_until: None,
+        }
+    }
+
+    pub(super) async fn run(mut self) {
+        if self.vm.is_some() {
+            self.after_adoption().await;
+        }
+        let mut trim = tokio::time::interval(TRIM_EVERY);
+        trim.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let Some(vm) = &mut self.vm else {
+                match self.queue.recv().await {
+                    Some(request) => self.handle(request).await,
+                    None => return,
+                }
+                continue;
+            };
+            let deadline = self.reboot_until;
+            tokio::select! {
+                biased;
+                event = vm.next() => self.on_event(event).await,
+                request = self.queue.recv() => match request {
+                    Some(request) => self.handle(request).await,
+                    None => return,
+                },
+                () = sleep_until(deadline) => {
+                    self.reboot_until = None;
+                    self.set_state(InstanceState::Unknown).await;
+                }
+                _ = trim.tick() => self.config.driver.trim_console(),
+            }
+        }
+    }
+
+    /// The daemon has started again and found the VM: go on where it was left.
+    async fn after_adoption(&mut self) {
+        match self.config.snapshot.state {
+            InstanceState::Starting => {
+                let report = Reporter::silent();
+                let done = self.finish_boot(BOOT_TIMEOUT, &report).await;
+                let _ = self.conclude_start(done).await;
+            }
+            InstanceState::Restarting => {
+                self.reboot_until = Some(Instant::now() + BOOT_TIMEOUT);
+            }
+            // A shutdown that was asked for goes on in the guest, or is asked for again.
+            _ => self.set_state(InstanceState::Running).await,
+        }
+    }
+
+    async fn handle(&mut self, request: Request<D>) {
+        let token = CancellationToken::new();
+        if let Ok(mut interrupt) = self.interrupt.lock() {
+            *interrupt = token.clone();
+        }
+        match request {
+            Request::Start {
+                timeout,
+                before,
+                report,
+                reply,
+            } => {
+                let done = self.start(timeout, before, &report, &token).await;
+                let _ = reply.send(done);
+            }
+            Request::Stop {
+                force,
+                timeout,
+                report,
+                reply,
+            } => {
+                let done = self.stop(force, timeout, &report, &token).await;
+                let _ = reply.send(done);
+            }
+            Request::Restart {
+                timeout,
+                report,
+                reply,
+            } => {
+                let done = self.restart(timeout, &report, &token).await;
+                let _ = reply.send(done);
+            }
+            Request::Guest { reply } => {
+                let _ = reply.send(self.guest());
+            }
+        }
+    }
+
+    fn guest(&self) -> Result<<D::Vm as Vm>::Guest> {
+        self.permit(Ask::Guest)?;
+        match &self.vm {
+            Some(vm) => Ok(vm.guest()),
+            None => Err(refusal(
+                &self.config.name,
+                InstanceState::Stopped,
+                Ask::Guest,
+            )),
+        }
+    }
+
+    fn permit(&self, ask: Ask) -> Result<Decision> {
+        let state = self.config.snapshot.state;
+        match decide(state, ask) {
+            Decision::Refuse => Err(refusal(&self.config.name, state, ask)),
+            decision => Ok(decision),
+        }
+    }
+
+    async fn start(
+        &mut self,
+        timeout: Duration,
+        before: Vec<pileus_api::PhaseTime>,
+        report: &Reporter,
+        interrupt: &CancellationToken,
+    ) -> Result<()> {
+        if self.permit(Ask::Start)? == Decision::Nothing {
+            return Ok(());
+        }
+        self.config.snapshot.phases = before;
+        self.config.snapshot.last_error = None;
+        self.set_state(InstanceState::Starting).await;
+        let report = report.clone();
+        let done = match interrupt
+            .run_until_cancelled(self.boot(timeout, &report))
+            .await
+        {
+            Some(done) => done,
+            None => Err(Error::new(
+                Code::Cancelled,
+                format!("'{}' was stopped while it started", self.config.name),
+            )),
+        };
+        self.conclude_start(done).await
+    }
+
+    async fn boot(&mut self, timeout: Duration, report: &Reporter) -> Result<()> {
+        let began = Instant::now();
+        report.phase(Phase::Starting);
+        let firmware = self.config.snapshot.firmware_boot;
+        let vm = report
+            .or_cancelled(self.config.driver.start(firmware, report))
+            .await?;
+        self.config.snapshot.process = Some(vm.process());
+        self.config.snapshot.started_at = Some((self.config.clock)());
+        self.vm = Some(vm);
+        self.note_phase(Phase::Starting, began);
+        self.save().await?;
+        self.finish_boot(timeout, report).await
+    }
+
+    /// Brings the instance into the state that the outcome of a start calls for.
+    async fn conclude_start(&mut self, done: Result<()>) -> Result<()> {
+        let Err(error) = done else {
+            self.set_state(InstanceState::Running).await;
+            return Ok(());
+        };
+        match error.code {
+            // The guest is there, only its set-up failed or takes longer.
+            Code::CloudInitFailed | Code::CloudInitTimeout => {
+                self.config.snapshot.last_error = Some(ErrorBody::from(&error));
+                self.set_state(InstanceState::Running).await;
+            }
+            Code::BootTimeout if self.vm.is_some() => {
+                self.config.snapshot.last_error = Some(ErrorBody::from(&error));
+                self.set_state(InstanceState::Unknown).await;
+            }
+            _ => {
+                self.end_vm().await;
+                if error.code != Code::Cancelled {
+                    self.config.snapshot.last_error = Some(ErrorBody::from(&error));
+                }
+                self.set_state(InstanceState::Stopped).await;
+            }
+        }
+        Err(error)
+    }
+
+    async fn stop(
+        &mut self,
+        force: bool,
+        timeout: Duration,
+        report: &Reporter,
+        interrupt: &CancellationToken,
+    ) -> Result<()> {
+        let ask = if force { Ask::ForceStop } else { Ask::Stop };
+        if self.permit(ask)? == Decision::Nothing {
+            return Ok(());
+        }
+        report.phase(Phase::Stopping);
+        if force {
+            self.end_vm().await;
+            self.set_state(InstanceState::Stopped).await;
+            return Ok(());
+        }
+        let before = self.config.snapshot.state;
+        self.set_state(InstanceState::Stopping).await;
+        let waited = {
+            let wait = self.shut_down(timeout);
+            tokio::select! {
+                done = wait => done,
+                () = interrupt.cancelled() => Err(Error::new(Code::Cancelled, "The power was cut")),
+                () = report.cancelled() => Err(Error::new(
+                    Code::Cancelled,
+                    "The wait for the shutdown was cancelled; the guest may still shut down",
+                )),
+            }
+        };
+        match waited {
+            Ok(()) => {
+                self.end_vm().await;
+                self.set_state(InstanceState::Stopped).await;
+                Ok(())
+            }
+            Err(error) => {
+                self.set_state(before).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Asks the guest to shut down and waits until the VM is gone.
+    async fn shut_down(&mut self, timeout: Duration) -> Result<()> {
+        let name = self.config.name.clone();
+        let deadline = Instant::now() + timeout;
+        let Some(vm) = &mut self.vm else {
+            return Ok(());
+        };
+        vm.power_down().await?;
+        // A guest that is still booting misses the button: press it again from time to time.
+        let mut again = tokio::time::interval_at(
+            Instant::now() + Duration::from_secs(15),
+            Duration::from_secs(15),
+        );
+        loop {
+            tokio::select! {
+                event = vm.next() => if let VmEvent::Exited { .. } = event {
+                    return Ok(());
+                },
+                _ = again.tick() => { let _ = vm.power_down().await; }
+                () = tokio::time::sleep_until(deadline) => {
+                    return Err(Error::new(
+                        Code::ShutdownTimeout,
+                        format!("'{name}' did not shut down within {} s", timeout.as_secs()),
+                    )
+                    .advise(format!("Use `pileus stop --force {name}` to cut its power.")));
+                }
+            }
+        }
+    }
+
+    async fn restart(
+        &mut self,
+        timeout: Duration,
+        report: &Reporter,
+        interrupt: &CancellationToken,
+    ) -> Result<()> {
+        self.permit(Ask::Restart)?;
+        self.config.snapshot.phases.clear();
+        self.config.snapshot.last_error = None;
+        self.set_state(InstanceState::Restarting).await;
+        let report = report.clone();
+        let reboot = async {
+            report.phase(Phase::Stopping);
+            self.reboot_guest(timeout).await?;
+            self.finish_boot(timeout, &report).await
+        };
+        let done = match interrupt.run_until_cancelled(reboot).await {
+            Some(done) => done,
+            None => Err(Error::new(Code::Cancelled, "The power was cut")),
+        };
+        match done {
+            // Nobody wants to wait, but a reboot is no reason to cut the power.
+            Err(error) if error.code == Code::Cancelled && self.vm.is_some() => {
+                self.reboot_until = Some(Instant::now() + BOOT_TIMEOUT);
+                Err(error)
+            }
+            done => self.conclude_start(done).await,
+        }
+    }
+
+    /// Asks for a reboot and waits for the reset; a guest that doesn't listen is reset by force.
+    async fn reboot_guest(&mut self, timeout: Duration) -> Result<()> {
+        let began = Instant::now();
+        let deadline = began + timeout.min(Duration::from_secs(90));
+        let name = self.config.name.clone();
+        let gone = move || {
+            Error::new(
+                Code::GuestStopped,
+                format!("'{name}' ended while it restarted"),
+            )
+        };
+        let Some(vm) = &mut self.vm else {
+            return Err(gone());
+        };
+        vm.reboot().await?;
+        loop {
+            tokio::select! {
+                event = vm.next() => match event {
+                    VmEvent::Reset => break,
+                    VmEvent::Exited { .. } => return Err(gone()),
+                    _ => {}
+                },
+                () = tokio::time::sleep_until(deadline) => return Err(Error::new(
+                    Code::ShutdownTimeout,
+                    format!("'{}' did not reboot", self.config.name),
+                )),
+            }
+        }
+        self.note_phase(Phase::Stopping, began);
+        Ok(())
+    }
+
+    /// What happens outside of requests.
+    async fn on_event(&mut self, event: VmEvent) {
+        match event {
+            VmEvent::Exited { reason } => {
+                if let Some(reason) = reason {
+                    let error = Error::new(
+                        Code::GuestStopped,
+                        format!(
+                            "The VM of '{}' ended unexpectedly: {reason}",
+                            self.config.name
+                        ),
+                    );
+                    self.config.snapshot.last_error = Some(self.with_console(error).into());
+                }
+                self.end_vm().await;
+                self.set_state(InstanceState::Stopped).await;
+            }
+            VmEvent::Panicked => {
+                let error = Error::new(
+                    Code::GuestStopped,
+                    format!("The kernel of '{}' panicked", self.config.name),
+                );
+                self.config.snapshot.last_error = Some(self.with_console(error).into());
+                self.set_state(InstanceState::Unknown).await;
+            }
+            VmEvent::Reset => {
+                self.reboot_until = Some(Instant::now() + BOOT_TIMEOUT);
+                self.set_state(InstanceState::Restarting).await;
+            }
+            VmEvent::Shutdown { .. } => {}
+            VmEvent::Guest(GuestEvent::Up) => {
+                let waiting = matches!(
+                    self.config.snapshot.state,
+                    InstanceState::Restarting | InstanceState::Unknown
+                );
+                if waiting {
+                    self.reboot_until = None;
+                    self.set_state(InstanceState::Running).await;
+                }
+            }
+            VmEvent::Guest(event) => {
+                if self.note_guest(event) {
+                    self.save_or_warn().await;
+                }
+            }
+        }
+    }
+
+    /// Takes in what the guest tells; returns whether the journal should know.
+    pub(super) fn note_guest(&mut self, event: GuestEvent) -> bool {
+        let snapshot = &mut self.config.snapshot;
+        let mut keep = false;
+        match event {
+            GuestEvent::Up => {}
+            GuestEvent::CloudInit(cloud_init) => {
+                keep = snapshot.cloud_init.as_ref() != Some(&cloud_init);
+                snapshot.cloud_init = Some(cloud_init);
+            }
+            GuestEvent::Report {
+                report,
+                addresses,
+                other_kernel,
+            } => {
+                if other_kernel && !snapshot.firmware_boot {
+                    snapshot.firmware_boot = true;
+                    keep = true;
+                }
+                snapshot.report = Some(report);
+                snapshot.addresses = addresses;
+                // Our own network's address comes first; a guest may list others before it.
+                if let Some(at) = snapshot
+                    .addresses
+                    .iter()
+                    .position(|a| *a == self.config.address)
+                {
+                    snapshot.addresses.swap(0, at);
+                }
+            }
+        }
+        self.publish.send_replace(self.config.snapshot.clone());
+        keep
+    }
+
+    /// Ends the VM if there is one and gives back what it used.
+    pub(super) async fn end_vm(&mut self) {
+        if let Some(vm) = self.vm.take() {
+            vm.kill().await;
+        }
+        self.config.driver.release().await;
+        self.reboot_until = None;
+        let snapshot = &mut self.config.snapshot;
+        snapshot.process = None;
+        snapshot.started_at = None;
+        snapshot.report = None;
+        snapshot.addresses.clear();
+    }
+
+    pub(super) fn with_console(&self, mut error: Error) -> Error {
+        let tail = self.config.driver.console_tail();
+        if !tail.is_empty() {
+            error = error.detail("The console's last lines:");
+            error.details.extend(tail);
+        }
+        error
+    }
+
+    pub(super) fn note_phase(&mut self, phase: Phase, began: Instant) {
+        self.config.snapshot.phases.push(pileus_api::PhaseTime {
+            phase,
+            milliseconds: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        });
+    }
+
+    pub(super) async fn set_state(&mut self, state: InstanceState) {
+        self.config.snapshot.state = state;
+        if state == InstanceState::Running && self.config.snapshot.addresses.is_empty() {
+            self.config.snapshot.addresses = vec![self.config.address];
+        }
+        self.save_or_warn().await;
+    }
+
+    async fn save_or_warn(&mut self) {
+        if let Err(err) = self.save().await {
+            tracing::error!(instance = %self.config.name, %err, "the state can't be saved");
+        }
+    }
+
+    async fn save(&mut self) -> Result<()> {
+        let saved = self.config.journal.save(&self.config.snapshot).await;
+        self.publish.send_replace(self.config.snapshot.clone());
+        saved
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,230 @@
+//! One task owns an instance: it alone starts, stops and watches its VM; everyone else sends it
+//! requests through [`Machine`] and reads its [`Snapshot`].
+//!
+//! ```text
+//!                        start                    guest up, cloud-init ended
+//!   creating ─▶ stopped ──────▶ starting ───────────────────────────▶ running ◀──────────┐
+//!                ▲  ▲              │ │                                 │  │  │           │
+//!                │  │   VM ends,   │ │ not up within the bound         │  │  │ restart,  │ guest up
+//!                │  └── cancelled ─┘ └──────────▶ unknown ◀────────────┼──┘  │ guest     │
+//!                │                                 │  │   not up again │     ▼ reboots   │
+//!                │ VM ends                         │  └── guest up ───▶│  restarting ─────┘
+//!                ├──────────────── stopping ◀──────┴── stop ───────────┘     │
+//!                └───────────────────────────────────────────────────────────┘ VM ends
+//! ```
+//!
+//! `creating` and `purging` belong to the daemon's launch and delete services: there is no task yet,
+//! or no longer. What may be asked for in which state is a pure function with a table test
+//! (`rules.rs`). Requests are taken one after the other; `stop --force` and `delete --purge`
+//! interrupt what is under way.
+//!
+//! Files: `actor.rs` the task; `boot.rs` waiting for a guest; `rules.rs` what is allowed;
+//! `driver.rs` what a hypervisor must do. The next step down is `instances/src/qemu/`.
+
+mod actor;
+mod boot;
+mod driver;
+mod rules;
+
+pub use driver::{Driver, GuestEvent, Journal, Vm, VmEvent};
+pub use rules::{Ask, Decision, decide};
+
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pileus_api::{CloudInit, ErrorBody, GuestReport, InstanceState, PhaseTime, Timestamp};
+use pileus_base::process::ProcessId;
+use pileus_base::{Code, Error, InstanceName, Reporter, Result};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+/// How long a guest has to show signs of life, and again to end cloud-init, if nobody says otherwise.
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long a guest has to shut down.
+pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// What is known of an instance now, and what the journal keeps of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Snapshot {
+    pub state: InstanceState,
+    pub process: Option<ProcessId>,
+    pub started_at: Option<Timestamp>,
+    /// All addresses that the guest tells, its own on our network first.
+    pub addresses: Vec<Ipv4Addr>,
+    pub report: Option<GuestReport>,
+    pub cloud_init: Option<CloudInit>,
+    /// Phases of the last launch or start.
+    pub phases: Vec<PhaseTime>,
+    pub last_error: Option<ErrorBody>,
+    /// The guest has a kernel of its own choice: boot by firmware from now on.
+    pub firmware_boot: bool,
+}
+
+impl Snapshot {
+    pub fn stopped() -> Self {
+        Self {
+            state: InstanceState::Stopped,
+            process: None,
+            started_at: None,
+            addresses: Vec::new(),
+            report: None,
+            cloud_init: None,
+            phases: Vec::new(),
+            last_error: None,
+            firmware_boot: false,
+        }
+    }
+}
+
+/// What the task needs to begin.
+pub struct Config<D: Driver> {
+    pub name: InstanceName,
+    pub driver: D,
+    pub journal: Arc<dyn Journal>,
+    /// What the journal kept.
+    pub snapshot: Snapshot,
+    /// Address on our own network, known before the guest tells.
+    pub address: Ipv4Addr,
+    pub clock: fn() -> Timestamp,
+}
+
+pub(crate) enum Request<D: Driver> {
+    Start {
+        timeout: Duration,
+        /// Phases that passed before (of a launch), so that all stand in one list.
+        before: Vec<PhaseTime>,
+        report: Reporter,
+        reply: oneshot::Sender<Result<()>>,
+    },
+    Stop {
+        force: bool,
+        timeout: Duration,
+        report: Reporter,
+        reply: oneshot::Sender<Result<()>>,
+    },
+    Restart {
+        timeout: Duration,
+        report: Reporter,
+        reply: oneshot::Sender<Result<()>>,
+    },
+    /// A handle to the running guest, for commands and files.
+    Guest {
+        reply: oneshot::Sender<Result<<D::Vm as Vm>::Guest>>,
+    },
+}
+
+/// The handle to an instance's task. When the last one is dropped the task ends; the VM does not.
+pub struct Machine<D: Driver> {
+    requests: mpsc::Sender<Request<D>>,
+    snapshot: watch::Receiver<Snapshot>,
+    interrupt: Arc<Mutex<CancellationToken>>,
+}
+
+impl<D: Driver> Clone for Machine<D> {
+    fn clone(&self) -> Self {
+        Self {
+            requests: self.requests.clone(),
+            snapshot: self.snapshot.clone(),
+            interrupt: self.interrupt.clone(),
+        }
+    }
+}
+
+impl<D: Driver> Machine<D> {
+    /// Starts the task of an instance whose VM does not run.
+    pub fn spawn(config: Config<D>) -> Self {
+        Self::spawn_task(config, None)
+    }
+
+    /// Starts the task of an instance whose VM was found running. If the guest was still booting, the
+    /// wait for it goes on.
+    pub fn adopt(config: Config<D>, vm: D::Vm) -> Self {
+        Self::spawn_task(config, Some(vm))
+    }
+
+    fn spawn_task(config: Config<D>, vm: Option<D::Vm>) -> Self {
+        let (requests, queue) = mpsc::channel(64);
+        let (publish, snapshot) = watch::channel(config.snapshot.clone());
+        let interrupt = Arc::new(Mutex::new(CancellationToken::new()));
+        let actor = actor::Actor::new(config, vm, queue, publish, interrupt.clone());
+        tokio::spawn(actor.run());
+        Self {
+            requests,
+            snapshot,
+            interrupt,
+        }
+    }
+
+    pub fn snapshot(&self) -> Snapshot {
+        self.snapshot.borrow().clone()
+    }
+
+    /// Tells of every change.
+    pub fn watch(&self) -> watch::Receiver<Snapshot> {
+        self.snapshot.clone()
+    }
+
+    /// Boots the instance and waits until its guest is up and cloud-init has ended.
+    pub async fn start(
+        &self,
+        timeout: Duration,
+        before: Vec<PhaseTime>,
+        report: Reporter,
+    ) -> Result<()> {
+        self.ask(|reply| Request::Start {
+            timeout,
+            before,
+            report,
+            reply,
+        })
+        .await
+    }
+
+    /// Shuts the guest down, or cuts its power. The latter interrupts what is under way.
+    pub async fn stop(&self, force: bool, timeout: Duration, report: Reporter) -> Result<()> {
+        if force {
+            // A poisoned lock holds a token that is as good as any.
+            self.interrupt
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .cancel();
+        }
+        self.ask(|reply| Request::Stop {
+            force,
+            timeout,
+            report,
+            reply,
+        })
+        .await
+    }
+
+    pub async fn restart(&self, timeout: Duration, report: Reporter) -> Result<()> {
+        self.ask(|reply| Request::Restart {
+            timeout,
+            report,
+            reply,
+        })
+        .await
+    }
+
+    pub async fn guest(&self) -> Result<<D::Vm as Vm>::Guest> {
+        self.ask(|reply| Request::Guest { reply }).await
+    }
+
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request<D>,
+    ) -> Result<T> {
+        let gone = || Error::new(Code::Internal, "The instance's task has ended");
+        let (reply, answer) = oneshot::channel();
+        self.requests
+            .send(request(reply))
+            .await
+            .map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}
+
+#[cfg(test)]
+mod tests;

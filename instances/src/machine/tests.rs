@@ -1,0 +1,317 @@
+//! The task against a scripted VM, with time that jumps.
+
+use std::sync::Mutex as StdMutex;
+use std::time::Duration;
+
+use pileus_api::{CloudInit, CloudInitStatus};
+use tokio::sync::mpsc;
+
+use super::*;
+
+/// What the scripted VM does when it is told to.
+struct Script {
+    events: StdMutex<Option<mpsc::UnboundedReceiver<VmEvent>>>,
+    calls: Arc<StdMutex<Vec<&'static str>>>,
+}
+
+struct FakeVm {
+    events: mpsc::UnboundedReceiver<VmEvent>,
+    calls: Arc<StdMutex<Vec<&'static str>>>,
+}
+
+impl Driver for Script {
+    type Vm = FakeVm;
+
+    async fn start(&self, _firmware: bool, _report: &Reporter) -> Result<FakeVm> {
+        self.calls.lock().unwrap().push("start");
+        let events = self.events.lock().unwrap().take();
+        let events = events.ok_or_else(|| Error::new(Code::QemuFailed, "no second start"))?;
+        Ok(FakeVm {
+            events,
+            calls: self.calls.clone(),
+        })
+    }
+
+    async fn release(&self) {
+        self.calls.lock().unwrap().push("release");
+    }
+
+    fn console_tail(&self) -> Vec<String> {
+        vec!["last words".into()]
+    }
+
+    fn trim_console(&self) {}
+}
+
+impl Vm for FakeVm {
+    type Guest = ();
+
+    fn process(&self) -> ProcessId {
+        ProcessId {
+            pid: 1,
+            start_time: 1,
+        }
+    }
+
+    fn guest(&self) {}
+
+    async fn power_down(&self) -> Result<()> {
+        self.calls.lock().unwrap().push("power-down");
+        Ok(())
+    }
+
+    async fn reboot(&self) -> Result<()> {
+        self.calls.lock().unwrap().push("reboot");
+        Ok(())
+    }
+
+    async fn kill(&self) {
+        self.calls.lock().unwrap().push("kill");
+    }
+
+    async fn next(&mut self) -> VmEvent {
+        match self.events.recv().await {
+            Some(event) => event,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Memory(StdMutex<Vec<InstanceState>>);
+
+impl Journal for Memory {
+    fn save<'a>(
+        &'a self,
+        snapshot: &'a Snapshot,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
+        let mut states = self.0.lock().unwrap();
+        if states.last() != Some(&snapshot.state) {
+            states.push(snapshot.state);
+        }
+        Box::pin(async { Ok(()) })
+    }
+}
+
+struct Bench {
+    machine: Machine<Script>,
+    events: mpsc::UnboundedSender<VmEvent>,
+    calls: Arc<StdMutex<Vec<&'static str>>>,
+    journal: Arc<Memory>,
+}
+
+fn bench() -> Bench {
+    let (events, source) = mpsc::unbounded_channel();
+    let calls = Arc::default();
+    let journal = Arc::new(Memory::default());
+    let machine = Machine::spawn(Config {
+        name: "foo".parse().unwrap(),
+        driver: Script {
+            events: StdMutex::new(Some(source)),
+            calls: Arc::clone(&calls),
+        },
+        journal: journal.clone(),
+        snapshot: Snapshot::stopped(),
+        address: Ipv4Addr::new(10, 0, 0, 2),
+        clock: || Timestamp::UNIX_EPOCH,
+    });
+    Bench {
+        machine,
+        events,
+        calls,
+        journal,
+    }
+}
+
+fn cloud_init(status: CloudInitStatus, errors: &[&str]) -> VmEvent {
+    VmEvent::Guest(GuestEvent::CloudInit(CloudInit {
+        status,
+        errors: errors.iter().map(|&e| e.to_owned()).collect(),
+    }))
+}
+
+const UP: VmEvent = VmEvent::Guest(GuestEvent::Up);
+
+impl Bench {
+    async fn start(&self) -> Result<()> {
+        self.machine
+            .start(BOOT_TIMEOUT, Vec::new(), Reporter::silent())
+            .await
+    }
+
+    fn state(&self) -> InstanceState {
+        self.machine.snapshot().state
+    }
+
+    async fn until(&self, state: InstanceState) {
+        let mut watch = self.machine.watch();
+        watch.wait_for(|s| s.state == state).await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_waits_for_the_guest_and_for_cloud_init() {
+    let bench = bench();
+    bench.events.send(UP).unwrap();
+    bench
+        .events
+        .send(cloud_init(CloudInitStatus::Running, &[]))
+        .unwrap();
+    let machine = bench.machine.clone();
+    let start = tokio::spawn(async move {
+        machine
+            .start(BOOT_TIMEOUT, Vec::new(), Reporter::silent())
+            .await
+    });
+    bench.until(InstanceState::Starting).await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert!(!start.is_finished());
+    bench
+        .events
+        .send(cloud_init(CloudInitStatus::Done, &[]))
+        .unwrap();
+    start.await.unwrap().unwrap();
+    let snapshot = bench.machine.snapshot();
+    assert_eq!(snapshot.state, InstanceState::Running);
+    assert_eq!(snapshot.addresses, [Ipv4Addr::new(10, 0, 0, 2)]);
+    assert_eq!(snapshot.phases.len(), 3);
+    // A second start is nothing to do.
+    bench.start().await.unwrap();
+    assert_eq!(*bench.calls.lock().unwrap(), ["start"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_says_nothing_is_unknown_within_the_bound() {
+    let bench = bench();
+    let began = tokio::time::Instant::now();
+    let error = bench.start().await.unwrap_err();
+    assert_eq!(error.code, Code::BootTimeout);
+    assert!(error.details.iter().any(|line| line == "last words"));
+    assert_eq!(began.elapsed().as_secs(), BOOT_TIMEOUT.as_secs());
+    assert_eq!(bench.state(), InstanceState::Unknown);
+    // It may still come up.
+    bench.events.send(UP).unwrap();
+    bench.until(InstanceState::Running).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_cloud_init_is_told_and_the_instance_runs() {
+    let bench = bench();
+    bench.events.send(UP).unwrap();
+    bench
+        .events
+        .send(cloud_init(CloudInitStatus::Error, &["runcmd: boom"]))
+        .unwrap();
+    let error = bench.start().await.unwrap_err();
+    assert_eq!(error.code, Code::CloudInitFailed);
+    assert_eq!(error.details, ["runcmd: boom"]);
+    assert_eq!(bench.state(), InstanceState::Running);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_powers_off_while_it_boots_ends_the_start() {
+    let bench = bench();
+    bench.events.send(VmEvent::Exited { reason: None }).unwrap();
+    let error = bench.start().await.unwrap_err();
+    assert_eq!(error.code, Code::GuestStopped);
+    assert_eq!(bench.state(), InstanceState::Stopped);
+    assert_eq!(*bench.calls.lock().unwrap(), ["start", "kill", "release"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_forced_stop_interrupts_a_start() {
+    let bench = bench();
+    let machine = bench.machine.clone();
+    let start = tokio::spawn(async move {
+        machine
+            .start(BOOT_TIMEOUT, Vec::new(), Reporter::silent())
+            .await
+    });
+    bench.until(InstanceState::Starting).await;
+    bench
+        .machine
+        .stop(true, SHUTDOWN_TIMEOUT, Reporter::silent())
+        .await
+        .unwrap();
+    assert_eq!(start.await.unwrap().unwrap_err().code, Code::Cancelled);
+    assert_eq!(bench.state(), InstanceState::Stopped);
+    assert!(bench.machine.snapshot().last_error.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_asks_again_and_gives_up_within_its_bound() {
+    let bench = bench();
+    bench.events.send(UP).unwrap();
+    bench
+        .events
+        .send(cloud_init(CloudInitStatus::Done, &[]))
+        .unwrap();
+    bench.start().await.unwrap();
+    let error = bench
+        .machine
+        .stop(false, Duration::from_secs(40), Reporter::silent())
+        .await
+        .unwrap_err();
+    assert_eq!(error.code, Code::ShutdownTimeout);
+    assert_eq!(bench.state(), InstanceState::Running);
+    let presses = bench
+        .calls
+        .lock()
+        .unwrap()
+        .iter()
+        .filter(|c| **c == "power-down")
+        .count();
+    assert_eq!(presses, 3);
+    bench.events.send(VmEvent::Exited { reason: None }).unwrap();
+    bench
+        .machine
+        .stop(false, SHUTDOWN_TIMEOUT, Reporter::silent())
+        .await
+        .unwrap();
+    assert_eq!(
+        *bench.journal.0.lock().unwrap(),
+        [
+            InstanceState::Starting,
+            InstanceState::Running,
+            InstanceState::Stopping,
+            InstanceState::Running,
+            // The guest went down by itself in the end, before it was asked once more.
+            InstanceState::Stopped,
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_crash_is_kept_with_its_reason() {
+    let bench = bench();
+    bench.events.send(UP).unwrap();
+    bench
+        .events
+        .send(cloud_init(CloudInitStatus::Done, &[]))
+        .unwrap();
+    bench.start().await.unwrap();
+    let reason = Some("killed by signal 9".to_owned());
+    bench.events.send(VmEvent::Exited { reason }).unwrap();
+    bench.until(InstanceState::Stopped).await;
+    let error = bench.machine.snapshot().last_error.unwrap();
+    assert!(error.message.contains("killed by signal 9"), "{error:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_reboot_is_followed() {
+    let bench = bench();
+    bench.events.send(UP).unwrap();
+    bench
+        .events
+        .send(cloud_init(CloudInitStatus::Done, &[]))
+        .unwrap();
+    bench.start().await.unwrap();
+    bench.events.send(VmEvent::Reset).unwrap();
+    bench.until(InstanceState::Restarting).await;
+    bench.events.send(UP).unwrap();
+    bench.until(InstanceState::Running).await;
+    bench.events.send(VmEvent::Reset).unwrap();
+    bench.until(InstanceState::Restarting).await;
+    // Nothing more is heard.
+    bench.until(InstanceState::Unknown).await;
+}
