@@ -1,0 +1,268 @@
+//! What a machine is: processors, memory, disks, boot, and where its files lie. Plain data that can
+//! be kept, compared and turned into a command line (`argv.rs`).
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use pileus_base::{Code, Error, InstanceName, Result, Size};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// What runs the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    Kvm,
+    Tcg,
+}
+
+impl Accelerator {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// What the user wants; `Auto` is decided in `host.rs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AcceleratorChoice {
+    #[default]
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+impl FromStr for AcceleratorChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "kvm" => Ok(Self::Kvm),
+            "tcg" => Ok(Self::Tcg),
+            _ => Err(
+                Error::new(Code::InvalidArgument, format!("{text} is no accelerator"))
+                    .advise("Choose auto, kvm or tcg."),
+            ),
+        }
+    }
+}
+
+/// Everything that makes a machine, except the open tap of its NIC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSpec {
+    pub name: InstanceName,
+    /// The instance's id; also the SMBIOS UUID, and how a process is recognised as ours.
+    pub uuid: Uuid,
+    pub cpus: u32,
+    pub memory: Size,
+    /// The versioned type (`pc-q35-10.0`), kept with the instance so that the guest sees the same
+    /// machine under a later QEMU.
+    pub machine_type: String,
+    pub accelerator: Accelerator,
+    pub disk: Disk,
+    /// A NoCloud seed, shown to the guest as a read-only disk.
+    pub seed: Option<PathBuf>,
+    pub boot: Boot,
+    /// The MAC of the NIC that is there from the start; its tap is given to `Vm::start`.
+    pub nic: Option<Mac>,
+    pub paths: Paths,
+}
+
+/// A raw base that nobody writes, and qcow2 layers above it; the last one is written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    pub base: PathBuf,
+    pub layers: Vec<PathBuf>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Boot {
+    /// The firmware finds the disk's boot loader.
+    Firmware,
+    /// The kernel is put into memory. The files must be readable by QEMU's user (they are opened
+    /// again through `/proc/self/fd`), their folders need not be.
+    Kernel {
+        kernel: PathBuf,
+        initrd: Option<PathBuf>,
+        cmdline: String,
+    },
+}
+
+/// Where a machine's own files lie.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Paths {
+    /// Folder of the sockets and of `qemu.pid`; `Layout::instance_run`.
+    pub run: PathBuf,
+    /// What the guest wrote to its serial console.
+    pub console_log: PathBuf,
+    /// What QEMU itself wrote.
+    pub qemu_log: PathBuf,
+}
+
+impl Paths {
+    /// The usual places: sockets in `run`, logs in the instance's own folder.
+    pub fn of(run: &Path, folder: &Path) -> Self {
+        Self {
+            run: run.to_owned(),
+            console_log: folder.join("console.log"),
+            qemu_log: folder.join("qemu.log"),
+        }
+    }
+
+    pub fn qmp(&self) -> PathBuf {
+        self.run.join("qmp.sock")
+    }
+
+    /// The guest agent's virtio-serial port.
+    pub fn agent(&self) -> PathBuf {
+        self.run.join("agent.sock")
+    }
+
+    /// The virtio-serial port that carries SSH.
+    pub fn ssh(&self) -> PathBuf {
+        self.run.join("ssh.sock")
+    }
+
+    /// The serial console, both ways; one client at a time.
+    pub fn console(&self) -> PathBuf {
+        self.run.join("console.sock")
+    }
+
+    pub fn pid_file(&self) -> PathBuf {
+        self.run.join("qemu.pid")
+    }
+}
+
+/// Names of the two virtio-serial ports, as the guest sees them in `/dev/virtio-ports/`.
+pub const AGENT_PORT: &str = "pileus.agent.0";
+pub const SSH_PORT: &str = "pileus.ssh.0";
+
+/// A PCIe root port that a device can be plugged into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Port {
+    /// The first NIC's, so that its name in the guest is always the same.
+    Nic,
+    /// One of the spare ones, below [`Port::SPARE`].
+    Spare(u8),
+}
+
+impl Port {
+    pub const SPARE: u8 = 8;
+}
+
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nic => f.write_str("port-nic"),
+            Self::Spare(n) => write!(f, "port{n}"),
+        }
+    }
+}
+
+/// A hardware address of a NIC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mac(pub [u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl FromStr for Mac {
+    type Err = Error;
+
+    /// Takes `52:54:00:12:34:56`; a group address is refused.
+    fn from_str(text: &str) -> Result<Self> {
+        let bad = || {
+            Error::new(
+                Code::InvalidArgument,
+                format!("{text} is no hardware address of a NIC"),
+            )
+            .advise("Give six pairs of hexadecimal digits, the first one even: 52:54:00:12:34:56.")
+        };
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().ok_or_else(bad)?;
+            if part.len() != 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(bad());
+            }
+            *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
+        }
+        if parts.next().is_some() || bytes[0] & 1 == 1 {
+            return Err(bad());
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl TryFrom<String> for Mac {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+impl From<Mac> for String {
+    fn from(mac: Mac) -> Self {
+        mac.to_string()
+    }
+}
+
+impl MachineSpec {
+    /// Refuses what QEMU would refuse in words of its own, or take for something else.
+    pub fn check(&self) -> Result<()> {
+        let bad = |what: String| Err(Error::new(Code::InvalidArgument, what));
+        if self.cpus == 0 || self.cpus > 255 {
+            return bad(format!("A machine can't have {} CPUs", self.cpus));
+        }
+        if self.memory < Size::mib(16) {
+            return bad(format!("A machine can't have {} of memory", self.memory));
+        }
+        // It lands in a comma-separated option.
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
+        if self.machine_type.is_empty() || !self.machine_type.bytes().all(plain) {
+            return bad(format!("{:?} is no machine type", self.machine_type));
+        }
+        if self.disk.layers.is_empty() {
+            return Err(Error::internal("A machine's disk has no layer to write to"));
+        }
+        if let Boot::Kernel { cmdline, .. } = &self.boot
+            && (cmdline.len() > 2047 || cmdline.contains('\0'))
+        {
+            return bad("The kernel's command line is too long".into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hardware_addresses() {
+        let mac: Mac = "52:54:00:AB:0c:01".parse().unwrap();
+        assert_eq!(mac.to_string(), "52:54:00:ab:0c:01");
+        for bad in [
+            "",
+            "52:54:00:ab:0c",
+            "52:54:00:ab:0c:01:02",
+            "53:54:00:ab:0c:01",
+            "5254.00ab.0c01",
+            "52:54:00:ab:0c:+1",
+            "52:54:00:ab:0c:1",
+        ] {
+            assert!(bad.parse::<Mac>().is_err(), "{bad}");
+        }
+    }
+}
