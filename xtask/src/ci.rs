@@ -63,6 +63,8 @@ fn checks(steps: &mut Steps, depth: Depth) -> Result<()> {
 
 /// The shell scripts' own tests.
 fn scripts() -> Result<()> {
-    run(&mut Command::new("packaging/tests/backports"))?;
-    run(&mut Command::new("packaging/tests/scripts"))
+    for test in ["backports", "scripts", "quickstart"] {
+        run(&mut Command::new(format!("packaging/tests/{test}")))?;
+    }
+    Ok(())
 }
