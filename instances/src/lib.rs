@@ -4,6 +4,7 @@
 //! over QMP (`qmp/`, a crate of its own), `guest/` talks to the system inside (agent, seed, SSH).
 //! Nothing here knows HTTP or the database; the daemon passes a journal and the wiring in.
 
+pub mod driver;
 pub mod guest;
 pub mod machine;
 pub mod qemu;

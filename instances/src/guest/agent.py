@@ -31,10 +31,10 @@ import time
 PROTO = 1
 VERSION = "1"
 AGENT_PORT = "pileus.agent.0"
-SSH_PORT = "pileus.ssh.0"
+SSH_PORT = re.compile(r"^pileus\.ssh\.[0-9]$")
 MAX_LINE = 64 * 1024
-# While cloud-init works its files are looked at this often; afterwards never again.
-BOOT_TICK = 0.4
+# While cloud-init works its files' times are looked at this often; afterwards never again.
+BOOT_TICK = 0.1
 # Without SIGIO (not a virtio port) a host that comes back is noticed after this time.
 AWAY_TICK = 1.0
 
@@ -398,6 +398,14 @@ def cloud_init_state(folder):
     return message
 
 
+def modified(path):
+    try:
+        found = os.stat(path)
+        return (found.st_mtime_ns, found.st_size, found.st_ino)
+    except OSError:
+        return None
+
+
 def users_are_made(folder):
     """cloud-init makes users in its network stage; before its end we must not make any."""
     if os.path.exists(os.path.join(folder, "disabled")):
@@ -509,12 +517,12 @@ Subsystem sftp internal-sftp
 
 
 class Ssh:
-    """One `sshd -i` at a time on the ssh port."""
+    """One `sshd -i` at a time on one ssh port."""
 
-    def __init__(self, paths, tell):
+    def __init__(self, paths, name, tell):
         self.paths = paths
         self.tell = tell
-        self.port = Port(paths, SSH_PORT)
+        self.port = Port(paths, name)
         self.child = None
         self.turn = 0
 
@@ -574,7 +582,7 @@ class Ssh:
         if self.port.sock is not None:
             self.port.close()
         if not self.port.open():
-            raise RuntimeError("there is no port " + SSH_PORT)
+            raise RuntimeError("there is no port " + self.port.name)
         if self.port.sock is None:
             self.drain()
         if os.geteuid() == 0:
@@ -609,12 +617,13 @@ class Agent:
     def __init__(self, args):
         self.paths = Paths(args)
         self.port = Port(self.paths, AGENT_PORT)
-        self.ssh = Ssh(self.paths, self.send)
+        self.ssh = {}
         self.settings = read_json(os.path.join(self.paths.etc, "agent.json"))
         self.buffer = b""
         self.skipping = False
         self.online = False
         self.cloud = None
+        self.cloud_seen = None
         self.cloud_done = False
         self.jobs = queue.Queue()
         self.wake_r, self.wake_w = os.pipe()
@@ -645,6 +654,11 @@ class Agent:
     def watch_cloud_init(self):
         if self.cloud_done:
             return
+        seen = [modified(os.path.join(self.paths.cloud, name))
+                for name in ("status.json", "result.json", "disabled")]
+        if seen == self.cloud_seen:
+            return
+        self.cloud_seen = seen
         state = cloud_init_state(self.paths.cloud)
         if state != self.cloud:
             self.cloud = state
@@ -701,9 +715,11 @@ class Agent:
     def perform(self, what, request):
         if what == "ssh-open":
             user = self.login_user(float(request.get("wait", 60)))
-            return {"login": user}, self.ssh.open(str(request.get("nonce", "")))
+            ssh = self.ssh_port(str(request.get("port", "pileus.ssh.0")))
+            return {"login": user}, ssh.open(str(request.get("nonce", "")))
         if what == "ssh-close":
-            self.ssh.end()
+            for ssh in self.ssh.values():
+                ssh.end()
             return None, None
         if what == "ensure-user":
             return {"login": self.login_user(float(request.get("wait", 60)))}, None
@@ -720,6 +736,13 @@ class Agent:
         if what in ("poweroff", "reboot"):
             return None, lambda: self.shut_down(what)
         raise RuntimeError("unknown request " + short(what, 40))
+
+    def ssh_port(self, name):
+        if not SSH_PORT.match(name):
+            raise RuntimeError("not an ssh port")
+        if name not in self.ssh:
+            self.ssh[name] = Ssh(self.paths, name, self.send)
+        return self.ssh[name]
 
     def login_user(self, wait):
         name = str(self.settings.get("user", "ubuntu"))
@@ -763,7 +786,28 @@ class Agent:
         self.buffer, self.skipping = b"", False
         self.port.gone()
 
+    def set_timezone(self):
+        """Once an instance, and before cloud-init's config stage: a zone of the user data wins."""
+        zone = str(self.settings.get("timezone", ""))
+        marker = os.path.join(self.paths.etc, "timezone-set")
+        if not zone or os.geteuid() != 0 or os.path.exists(marker):
+            return
+        file = os.path.join("/usr/share/zoneinfo", zone)
+        try:
+            if ".." not in zone and os.path.isfile(file):
+                temp = "/etc/localtime.pileus-new"
+                if os.path.lexists(temp):
+                    os.unlink(temp)
+                os.symlink(file, temp)
+                os.rename(temp, "/etc/localtime")
+                if os.path.exists("/etc/timezone"):
+                    write_file("/etc/timezone", zone + "\n", 0o644)
+            write_file(marker, zone + "\n", 0o600)
+        except OSError as err:
+            log("cannot set the time zone:", err)
+
     def loop(self):
+        self.set_timezone()
         threading.Thread(target=self.work, daemon=True).start()
         watch = address_watch()
         poller = select.poll()

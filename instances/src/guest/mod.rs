@@ -15,10 +15,12 @@
 pub mod agent;
 pub mod cloud_init;
 pub mod exec;
+pub mod handle;
 pub mod keys;
 pub mod quote;
 pub mod seed;
 pub mod ssh;
+pub mod watch;
 pub mod wire;
 
 /// Name of the virtio-serial port for JSON lines; its host end is `agent.sock`.
