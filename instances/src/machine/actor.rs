@@ -21,6 +21,8 @@ pub(super) struct Actor<D: Driver> {
     interrupt: Arc<Mutex<CancellationToken>>,
     /// When a guest that reboots must be up again.
     reboot_until: Option<Instant>,
+    /// QEMU halted the machine because the host's disk was full.
+    halted: bool,
 }
 
 impl<D: Driver> Actor<D> {
@@ -38,6 +40,7 @@ impl<D: Driver> Actor<D> {
             publish,
             interrupt,
             reboot_until: None,
+            halted: false,
         }
     }
 
@@ -67,8 +70,20 @@ impl<D: Driver> Actor<D> {
                     self.reboot_until = None;
                     self.set_state(InstanceState::Unknown).await;
                 }
-                _ = trim.tick() => self.config.driver.trim_console(),
+                _ = trim.tick() => {
+                    self.config.driver.trim_console();
+                    self.try_resume().await;
+                }
             }
+        }
+    }
+
+    /// A machine that was halted because the host's disk was full goes on when there is space again.
+    pub(super) async fn try_resume(&mut self) {
+        if let Some(vm) = self.vm.as_ref().filter(|_| self.halted)
+            && vm.resume().await.is_ok()
+        {
+            self.halted = false;
         }
     }
 
@@ -379,6 +394,10 @@ impl<D: Driver> Actor<D> {
                 self.reboot_until = Some(Instant::now() + BOOT_TIMEOUT);
                 self.set_state(InstanceState::Restarting).await;
             }
+            VmEvent::DiskError { no_space, reason } => {
+                self.note_disk_error(no_space, &reason);
+                self.save_or_warn().await;
+            }
             VmEvent::Shutdown { .. } => {}
             VmEvent::Guest(GuestEvent::Up) => {
                 let waiting = matches!(
@@ -396,6 +415,24 @@ impl<D: Driver> Actor<D> {
                 }
             }
         }
+    }
+
+    pub(super) fn note_disk_error(&mut self, no_space: bool, reason: &str) {
+        let name = &self.config.name;
+        let error = if no_space {
+            self.halted = true;
+            Error::new(
+                Code::NoSpace,
+                format!("The host's disk is full: '{name}' is halted until there is space"),
+            )
+            .advise("Free some space; the instance then goes on by itself.")
+        } else {
+            Error::new(
+                Code::Io,
+                format!("The host could not read or write the disk of '{name}': {reason}"),
+            )
+        };
+        self.config.snapshot.last_error = Some(ErrorBody::from(&error));
     }
 
     /// Takes in what the guest tells; returns whether the journal should know.
@@ -440,6 +477,7 @@ impl<D: Driver> Actor<D> {
         }
         self.config.driver.release().await;
         self.reboot_until = None;
+        self.halted = false;
         let snapshot = &mut self.config.snapshot;
         snapshot.process = None;
         snapshot.started_at = None;

@@ -70,10 +70,16 @@ impl<D: Driver> Actor<D> {
                     }
                     VmEvent::Panicked => return Err(Stop::Panicked),
                     VmEvent::Exited { reason } => return Err(Stop::Exited(reason)),
+                    VmEvent::DiskError { no_space, reason } => {
+                        self.note_disk_error(no_space, &reason);
+                    }
                     // cloud-init's power_state may reboot: the guest comes up again.
                     VmEvent::Shutdown { .. } | VmEvent::Reset => {}
                 },
-                _ = trim.tick() => self.config.driver.trim_console(),
+                _ = trim.tick() => {
+                    self.config.driver.trim_console();
+                    self.try_resume().await;
+                }
                 () = report.cancelled() => return Err(Stop::Cancelled),
                 () = tokio::time::sleep_until(deadline) => return Err(Stop::Timeout),
             }

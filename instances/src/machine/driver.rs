@@ -45,6 +45,9 @@ pub trait Vm: Send + Sync + 'static {
     /// Asks the guest to reboot, or resets it if it doesn't listen.
     fn reboot(&self) -> impl Future<Output = Result<()>> + Send;
 
+    /// Lets the processors run again after a disk error halted them.
+    fn resume(&self) -> impl Future<Output = Result<()>> + Send;
+
     /// Ends the VM now, whatever state it is in, and waits until it is gone.
     fn kill(&self) -> impl Future<Output = ()> + Send;
 
@@ -61,6 +64,11 @@ pub enum VmEvent {
     /// The machine was reset: the guest boots again.
     Reset,
     Panicked,
+    /// The host could not write or read the disk; without space the machine is halted as well.
+    DiskError {
+        no_space: bool,
+        reason: String,
+    },
     /// The process is gone. A reason if it was no orderly shutdown.
     Exited {
         reason: Option<String>,

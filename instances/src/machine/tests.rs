@@ -65,6 +65,11 @@ impl Vm for FakeVm {
         Ok(())
     }
 
+    async fn resume(&self) -> Result<()> {
+        self.calls.lock().unwrap().push("resume");
+        Ok(())
+    }
+
     async fn kill(&self) {
         self.calls.lock().unwrap().push("kill");
     }
