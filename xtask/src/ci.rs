@@ -51,8 +51,9 @@ fn checks(steps: &mut Steps, depth: Depth) -> Result<()> {
     }
     steps.step("clippy", || {
         run(cargo()
-            .args(["clippy", "--locked", "--workspace", "--all-targets", "--"])
-            .args(["-D", "warnings"]))
+            .args(["clippy", "--all-targets"])
+            .args(tests::EVERYTHING)
+            .args(["--", "-D", "warnings"]))
     })?;
     steps.step("unused dependencies", || run(&mut tools::machete()?))?;
     steps.step("licences, sources, bans", || {

@@ -12,8 +12,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::steps::{cargo, on_ci, output, run};
-use crate::tools;
+use crate::steps::{on_ci, output, run};
+use crate::{tests, tools};
 
 const OPENAPI: &str = "api/openapi.json";
 const CLI_REFERENCE: &str = "docs/cli.md";
@@ -22,6 +22,7 @@ const MAN_PAGES: &str = "docs/man";
 
 /// Writes the OpenAPI document anew and validates it.
 pub fn openapi() -> Result<()> {
+    tests::build_programs()?;
     let made = folder()?;
     generate_openapi(&made)?;
     take_over(&made, OPENAPI)?;
@@ -30,6 +31,7 @@ pub fn openapi() -> Result<()> {
 
 /// Writes the command-line reference and the manual pages anew.
 pub fn docs() -> Result<()> {
+    tests::build_programs()?;
     let made = folder()?;
     generate_cli(&made)?;
     let fresh = files_below(&made, MAN_PAGES)?;
@@ -44,6 +46,7 @@ pub fn docs() -> Result<()> {
 
 /// Fails if a document in the checkout is not what the programs write now.
 pub fn check_current() -> Result<()> {
+    tests::build_programs()?;
     let made = folder()?;
     generate_openapi(&made)?;
     generate_cli(&made)?;
@@ -94,28 +97,24 @@ fn folder() -> Result<PathBuf> {
 }
 
 fn generate_openapi(into: &Path) -> Result<()> {
-    let document = output(cargo().args(["run", "--quiet", "-p", "pileusd", "--", "openapi"]))?;
+    let document = output(Command::new(program("pileusd")?).arg("openapi"))?;
     serde_json::from_str::<serde_json::Value>(&document)
         .context("`pileusd openapi` printed no JSON")?;
     fs::write(into.join(OPENAPI), format!("{}\n", document.trim_end()))?;
     Ok(())
 }
 
-/// The command-line documents come from the CLI's own library. Only the feature `docs` links it,
-/// so that the other chores don't wait for it to compile.
+/// The command-line documents come from the CLI's own library. Only an xtask that was built with
+/// the feature `docs` links it, so that the other chores don't wait for it to compile.
 fn generate_cli(into: &Path) -> Result<()> {
-    run(cargo()
-        .args([
-            "run",
-            "--quiet",
-            "-p",
-            "xtask",
-            "--features",
-            "docs",
-            "--",
-            "cli-documents",
-        ])
+    run(Command::new(program("xtask")?)
+        .arg("cli-documents")
         .arg(into))
+}
+
+/// A program as `tests::build_programs` made it.
+fn program(name: &str) -> Result<PathBuf> {
+    Ok(tools::target()?.join("debug").join(name))
 }
 
 #[cfg(not(feature = "docs"))]
@@ -126,7 +125,7 @@ pub fn write_cli_documents(_into: &Path) -> Result<()> {
 #[cfg(feature = "docs")]
 pub fn write_cli_documents(into: &Path) -> Result<()> {
     fs::write(into.join(CLI_REFERENCE), pileus::docs::markdown())?;
-    for (name, page) in pileus::docs::man_pages()? {
+    for (name, page) in pileus::docs::man_pages() {
         fs::write(into.join(MAN_PAGES).join(name), page)?;
     }
     Ok(())

@@ -20,49 +20,46 @@ pub enum Scope {
 /// The package whose tests boot real guests.
 const SYSTEM_TESTS: &str = "pileus-tests";
 
+/// What every build names, so that all share one set of compiled dependencies: cargo compiles a
+/// dependency again when the packages or features asked for change what it needs.
+pub const EVERYTHING: [&str; 4] = ["--locked", "--workspace", "--features", "xtask/docs"];
+
 /// Builds the programs and the tests.
 pub fn build() -> Result<()> {
     build_programs()?;
-    run(cargo().args([
-        "test",
-        "--locked",
-        "--workspace",
-        "--lib",
-        "--bins",
-        "--tests",
-        "--no-run",
-    ]))
+    run(cargo()
+        .args(["test", "--no-run", "--lib", "--bins", "--tests"])
+        .args(EVERYTHING))
 }
 
-/// The whole-system tests run `pileus` and `pileusd` from the target directory.
-fn build_programs() -> Result<()> {
-    run(cargo().args(["build", "--locked", "--workspace", "--bins"]))
+/// The whole-system tests and the documents come from the programs in the target directory.
+pub fn build_programs() -> Result<()> {
+    run(cargo().args(["build", "--bins"]).args(EVERYTHING))
 }
 
 pub fn run_tests(scope: Scope, filters: &[&str]) -> Result<()> {
     if scope == Scope::All {
         build_programs()?;
     }
-    let nextest = has_nextest();
     let mut command = cargo();
-    if nextest {
-        command.args(["nextest", "run", "--profile", "ci"]);
-    } else {
-        eprintln!(
-            "cargo-nextest is not installed: `cargo test` runs the tests, without time limits."
-        );
-        command.args(["test", "--no-fail-fast", "--lib", "--bins", "--tests"]);
+    if has_nextest() {
+        command
+            .args(["nextest", "run", "--profile", "ci"])
+            .args(EVERYTHING);
+        if scope == Scope::Quick {
+            command.args(["-E", &format!("not package({SYSTEM_TESTS})")]);
+        }
+        return run_nextest(command.args(filters));
     }
-    command.args(["--locked", "--workspace"]);
+    eprintln!("cargo-nextest is not installed: `cargo test` runs the tests, without time limits.");
+    command
+        .args(["test", "--no-fail-fast", "--lib", "--bins", "--tests"])
+        .args(EVERYTHING);
     if scope == Scope::Quick {
         command.args(["--exclude", SYSTEM_TESTS]);
     }
-    command.args(filters);
-    if nextest {
-        run_nextest(command)
-    } else {
-        run(&mut command)
-    }
+    // Its own filters take one text, behind the dashes any number.
+    run(command.arg("--").args(filters))
 }
 
 fn has_nextest() -> bool {
@@ -77,7 +74,7 @@ fn has_nextest() -> bool {
 /// Runs nextest and tells which tests found that they can't run here (they pass, and print
 /// "SKIPPED: reason"; nextest hides what passing tests print). Where nobody watches, nextest's
 /// summary is held back until that is told, so that it ends the output.
-fn run_nextest(mut command: Command) -> Result<()> {
+fn run_nextest(command: &mut Command) -> Result<()> {
     let report = tools::target()?.join("nextest/ci/junit.xml");
     match fs::remove_file(&report) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
