@@ -19,6 +19,8 @@ pub enum Scope {
 
 /// The package whose tests boot real guests.
 const SYSTEM_TESTS: &str = "pileus-tests";
+/// The package that measures, and its program.
+const BENCHES: &str = "pileus-benches";
 
 /// What every build names, so that all share one set of compiled dependencies: cargo compiles a
 /// dependency again when the packages or features asked for change what it needs.
@@ -138,18 +140,10 @@ fn unescape(text: &str) -> String {
 
 /// The benchmarks compare what users get, so everything is built in release mode.
 pub fn bench(arguments: &[&str]) -> Result<()> {
-    run(cargo().args([
-        "build",
-        "--release",
-        "--locked",
-        "-p",
-        "pileus",
-        "-p",
-        "pileusd",
-    ]))?;
     run(cargo()
-        .args(["run", "--release", "--locked", "-p", "pileus-benches", "--"])
-        .args(arguments))
+        .args(["build", "--release", "--locked"])
+        .args(["-p", "pileus", "-p", "pileusd", "-p", BENCHES]))?;
+    run(Command::new(tools::target()?.join("release").join(BENCHES)).args(arguments))
 }
 
 #[cfg(test)]
