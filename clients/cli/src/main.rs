@@ -1,1 +1,12 @@
-fn main() {}
+//! The program `pileus`. All of it is in the library beside this file, so that tests, man pages and
+//! the reference can be made from the same code. Next step: `lib.rs`.
+
+use std::process::ExitCode;
+
+use clap_complete::CompleteEnv;
+
+fn main() -> ExitCode {
+    // Ends the process if the shell asked for completions.
+    CompleteEnv::with_factory(pileus::command).complete();
+    pileus::run(std::env::args_os(), pileus::Environment::of_process())
+}

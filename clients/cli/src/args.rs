@@ -1,0 +1,243 @@
+//! The command line's grammar: global options and the list of commands. Each command's own options
+//! stand in its file under `commands/`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
+
+use crate::commands::{
+    completions, delete, exec, find, help, images, info, launch, list, logs, purge, recover,
+    restart, shell, start, stop, version, wait_ready,
+};
+use crate::context::Context;
+use crate::error::Outcome;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "pileus",
+    about = "Linux machines in seconds, on your own computer",
+    after_help = "A first machine: pileus launch --name demo && pileus shell demo",
+    disable_help_subcommand = true,
+    disable_version_flag = true,
+    max_term_width = 100
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    /// Show the version
+    #[arg(short = 'V', long, hide = true)]
+    pub version: bool,
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// Options that every command takes.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Global options")]
+pub struct Global {
+    /// Show what the daemon logs while it works; repeat for more
+    #[arg(short, long, action = ArgAction::Count, global = true)]
+    pub verbose: u8,
+    /// Talk to the daemon at this socket [env: PILEUS_SOCKET]
+    #[arg(long, value_name = "PATH", global = true, conflicts_with = "storage")]
+    pub socket: Option<PathBuf>,
+    /// Talk to the daemon of this storage folder [env: PILEUS_STORAGE]
+    #[arg(long, value_name = "DIR", global = true)]
+    pub storage: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Launch(launch::Args),
+    #[command(visible_alias = "ls")]
+    List(list::Args),
+    Info(info::Args),
+    Start(start::Args),
+    Stop(stop::Args),
+    Restart(restart::Args),
+    Delete(delete::Args),
+    Recover(recover::Args),
+    Purge(purge::Args),
+    Exec(exec::Args),
+    #[command(visible_aliases = ["sh", "connect"])]
+    Shell(shell::Args),
+    Logs(logs::Args),
+    Find(find::Args),
+    Images(images::Args),
+    WaitReady(wait_ready::Args),
+    Version(version::Args),
+    Completions(completions::Args),
+    Help(help::Args),
+}
+
+impl Command {
+    /// The name under which errors are shown.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Command::Launch(_) => "launch",
+            Command::List(_) => "list",
+            Command::Info(_) => "info",
+            Command::Start(_) => "start",
+            Command::Stop(_) => "stop",
+            Command::Restart(_) => "restart",
+            Command::Delete(_) => "delete",
+            Command::Recover(_) => "recover",
+            Command::Purge(_) => "purge",
+            Command::Exec(_) => "exec",
+            Command::Shell(_) => "shell",
+            Command::Logs(_) => "logs",
+            Command::Find(_) => "find",
+            Command::Images(_) => "images",
+            Command::WaitReady(_) => "wait-ready",
+            Command::Version(_) => "version",
+            Command::Completions(_) => "completions",
+            Command::Help(_) => "help",
+        }
+    }
+
+    pub(crate) async fn run(self, context: &Context) -> Outcome {
+        match self {
+            Command::Launch(args) => launch::run(context, args).await,
+            Command::List(args) => list::run(context, &args).await,
+            Command::Info(args) => info::run(context, &args).await,
+            Command::Start(args) => start::run(context, &args).await,
+            Command::Stop(args) => stop::run(context, &args).await,
+            Command::Restart(args) => restart::run(context, &args).await,
+            Command::Delete(args) => delete::run(context, &args).await,
+            Command::Recover(args) => recover::run(context, &args).await,
+            Command::Purge(_) => purge::run(context).await,
+            Command::Exec(args) => exec::run(context, args).await,
+            Command::Shell(args) => shell::run(context, args).await,
+            Command::Logs(args) => logs::run(context, &args).await,
+            Command::Find(args) => find::run(context, &args).await,
+            Command::Images(args) => images::run(context, args).await,
+            Command::WaitReady(args) => wait_ready::run(context, &args).await,
+            Command::Version(args) => version::run(context, &args).await,
+            Command::Completions(args) => completions::run(context, &args),
+            Command::Help(args) => help::run(context, &args),
+        }
+    }
+}
+
+/// The whole grammar, for man pages, the reference and completions.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// Parses a command line; what can't be parsed is shown, and an exit code is returned.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, ExitCode> {
+    Cli::try_parse_from(args).map_err(|err| {
+        // A reader that closed the pipe has seen enough.
+        let _ = err.print();
+        match err.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+            _ => ExitCode::from(1),
+        }
+    })
+}
+
+/// `pileus` alone shows the help but is no success; `pileus --version` is `pileus version` without
+/// asking the daemon.
+pub fn no_command(version: bool) -> ExitCode {
+    if version {
+        println!("pileus {}", env!("CARGO_PKG_VERSION"));
+        return ExitCode::SUCCESS;
+    }
+    let _ = Cli::command().print_help();
+    ExitCode::from(2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Option<Command> {
+        let args = line.split(' ').map(OsString::from);
+        Cli::try_parse_from(args).ok()?.command
+    }
+
+    #[test]
+    fn the_grammar_holds() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_stand_anywhere_and_may_be_attached() {
+        for line in [
+            "pileus launch debian-13 --name n -c 2 -m 1G -d 5G",
+            "pileus launch -c2 -d5G --mem=1G -nn debian-13",
+            "pileus launch --cpus 2 -m1G debian-13 --disk=5G --name=n",
+        ] {
+            let Some(Command::Launch(args)) = parsed(line) else {
+                panic!("{line}");
+            };
+            assert_eq!(args.image.as_deref(), Some("debian-13"), "{line}");
+            assert_eq!(args.name.as_deref(), Some("n"), "{line}");
+            assert_eq!(args.cpus.as_deref(), Some("2"), "{line}");
+            assert_eq!(args.memory.as_deref(), Some("1G"), "{line}");
+            assert_eq!(args.disk.as_deref(), Some("5G"), "{line}");
+        }
+        let Some(Command::Delete(args)) = parsed("pileus delete a b --purge -vv") else {
+            panic!("delete");
+        };
+        assert_eq!((args.names.names.len(), args.purge), (2, true));
+    }
+
+    #[test]
+    fn exec_splits_its_line() {
+        for (line, dir, command) in [
+            ("pileus exec foo ls", None, vec!["ls"]),
+            ("pileus exec foo ls -l /", None, vec!["ls", "-l", "/"]),
+            ("pileus exec foo -- ls -l", None, vec!["ls", "-l"]),
+            ("pileus exec -n foo -- ls", None, vec!["ls"]),
+            ("pileus exec foo -d /tmp -- pwd", Some("/tmp"), vec!["pwd"]),
+            ("pileus exec foo -d /tmp pwd", Some("/tmp"), vec!["pwd"]),
+            (
+                "pileus exec foo --working-directory=/tmp -- a -- b",
+                Some("/tmp"),
+                vec!["a", "--", "b"],
+            ),
+        ] {
+            let Some(Command::Exec(args)) = parsed(line) else {
+                panic!("{line}");
+            };
+            assert_eq!(args.name, "foo", "{line}");
+            assert_eq!(args.working_directory.as_deref(), dir, "{line}");
+            assert_eq!(args.command, command, "{line}");
+        }
+        assert!(parsed("pileus exec foo").is_none());
+        assert!(parsed("pileus exec foo -d /x -n -- ls").is_none());
+    }
+
+    #[test]
+    fn synonyms_and_old_forms() {
+        for line in [
+            "pileus ls --format=json",
+            "pileus list --no-ipv4",
+            "pileus sh foo",
+            "pileus connect foo",
+            "pileus info --all",
+            "pileus info --no-runtime-information foo --format yaml",
+            "pileus find --force-update --show-unsupported",
+            "pileus images",
+            "pileus images --format json",
+            "pileus images list --format json",
+            "pileus -vvvv list",
+            "pileus list -vvvv --socket /x",
+        ] {
+            assert!(parsed(line).is_some(), "{line}");
+        }
+        for line in [
+            "pileus stop --time 5 a",
+            "pileus list x",
+            "pileus launch a b",
+            "pileus list --format xml",
+            "pileus purge x",
+        ] {
+            assert!(parsed(line).is_none(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! `pileus launch`: asks for a new instance, shows how it comes up, and names it at the end.
+
+use std::path::Path;
+use std::time::Duration;
+
+use pileus_api::{
+    Blob, Code, Digest, InstanceName, LaunchRequest, Operation, OperationState, Size,
+};
+use pileus_base::Error;
+use pileus_client::Client;
+
+use crate::context::Context;
+use crate::environment::time_zone;
+use crate::error::{CommandError, Kind, Outcome};
+use crate::progress::Line;
+use crate::signals::Signals;
+use crate::{cloud_init, complete, several};
+
+const MIN_MEMORY: Size = Size::mib(512);
+const MIN_DISK: Size = Size::gib(1);
+
+/// Create and start an instance
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(after_help = "\
+Examples:
+  pileus launch                                   the default image, a random name
+  pileus launch debian-13 -n web -c 2 -m 2G -d 10G
+  pileus launch ./disk.qcow2 --checksum sha256:…   an image of your own
+  pileus launch -n ci --cloud-init setup.yaml")]
+pub struct Args {
+    /// An image's name (see pileus find), file, address or digest; the default image if not given
+    #[arg(value_name = "IMAGE", add = complete::images())]
+    pub image: Option<String>,
+    /// Name of the instance; a random one if not given
+    #[arg(short, long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Number of CPUs [default: 1]
+    #[arg(short, long, value_name = "N", allow_hyphen_values = true)]
+    pub cpus: Option<String>,
+    /// Memory, at least 512M [default: 1G]
+    #[arg(
+        short,
+        long,
+        alias = "mem",
+        value_name = "SIZE",
+        allow_hyphen_values = true
+    )]
+    pub memory: Option<String>,
+    /// Disk, at least 1G and as large as the image [default: 5G]
+    #[arg(short, long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub disk: Option<String>,
+    /// User data for cloud-init: a file, an address, or - for standard input
+    #[arg(long, value_name = "FILE|URL|-")]
+    pub cloud_init: Option<String>,
+    /// What the image's file must hash to, sha256:…
+    #[arg(long, value_name = "DIGEST")]
+    pub checksum: Option<String>,
+    /// Wait so many seconds at most; the work goes on after that
+    #[arg(long, value_name = "SECONDS", allow_hyphen_values = true)]
+    pub timeout: Option<String>,
+}
+
+pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
+    let mut request = request(&args, &context.env.current_folder)?;
+    if let Some(source) = &args.cloud_init {
+        request.user_data = Some(Blob(cloud_init::read(source).await?));
+    }
+    request.timezone = time_zone();
+    let client = context.client().await?;
+    let mut signals = Signals::to_end().map_err(|err| Error::io("Listening to signals", err))?;
+    let operation = client.launch(&request).await?;
+    let name = operation.target.clone();
+    let mut line = context.progress().line(&name);
+    let operation = follow(&client, operation, request.timeout, &mut signals, &mut line).await?;
+    drop(line);
+    if operation.state != OperationState::Succeeded {
+        return Err(CommandError::of_operation(operation));
+    }
+    // On a terminal they were shown when they came up.
+    if !context.env.terminals.stderr {
+        for warning in &operation.warnings {
+            context.warn(warning);
+        }
+    }
+    context.print(&format!("Launched: {name}\n"))
+}
+
+/// Follows the launch to its end; the first Ctrl-C cancels it, the second leaves it alone.
+async fn follow(
+    client: &Client,
+    operation: Operation,
+    timeout: Option<u64>,
+    signals: &mut Signals,
+    line: &mut Line,
+) -> Result<Operation, CommandError> {
+    let id = operation.id;
+    let say = line.speaker();
+    let mut work = Box::pin(client.follow(operation, |event| line.event(event)));
+    let mut deadline = Box::pin(async {
+        match timeout {
+            Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds)).await,
+            None => std::future::pending().await,
+        }
+    });
+    let mut cancelled_by = None;
+    loop {
+        tokio::select! {
+            done = &mut work => {
+                let operation = done?;
+                return match cancelled_by {
+                    Some(signal) if operation.state == OperationState::Cancelled => {
+                        Err(interrupted(signal, "The launch was cancelled"))
+                    }
+                    _ => Ok(operation),
+                };
+            }
+            () = &mut deadline => {
+                return Err(CommandError::timed_out("Timed out waiting for instance launch.")
+                    .hint("The launch goes on; pileus list shows its state."));
+            }
+            signal = signals.next() => {
+                if cancelled_by.is_some() {
+                    return Err(interrupted(signal.number, "Left while cancelling"));
+                }
+                cancelled_by = Some(signal.number);
+                say.say("Cancelling; press Ctrl-C again to leave at once.");
+                client.cancel(id).await?;
+            }
+        }
+    }
+}
+
+fn interrupted(signal: u8, message: &str) -> CommandError {
+    CommandError::new(Kind::Signal(signal), Error::new(Code::Cancelled, message))
+}
+
+/// Reads the options; nothing is asked of the daemon that can't work.
+fn request(args: &Args, folder: &Path) -> Result<LaunchRequest, CommandError> {
+    let name = args.name.as_deref().map(name).transpose()?;
+    Ok(LaunchRequest {
+        image: args.image.as_deref().map(|image| absolute(image, folder)),
+        checksum: args.checksum.as_deref().map(checksum).transpose()?,
+        name,
+        cpus: args.cpus.as_deref().map(cpus).transpose()?,
+        memory: args
+            .memory
+            .as_deref()
+            .map(|text| size("memory", text, MIN_MEMORY))
+            .transpose()?,
+        disk: args
+            .disk
+            .as_deref()
+            .map(|text| size("disk", text, MIN_DISK))
+            .transpose()?,
+        timeout: several::timeout(args.timeout.as_deref())?,
+        ..Default::default()
+    })
+}
+
+fn name(text: &str) -> Result<InstanceName, CommandError> {
+    text.parse().map_err(|err: Error| {
+        let advice = err.advice.unwrap_or_default();
+        CommandError::invalid(err.message).hint(advice)
+    })
+}
+
+fn cpus(text: &str) -> Result<u32, CommandError> {
+    match text.parse::<u32>() {
+        Ok(cpus) if cpus > 0 => Ok(cpus),
+        _ => Err(CommandError::usage(format!(
+            "Error: invalid CPU count '{text}', need a positive integer value."
+        ))),
+    }
+}
+
+fn size(what: &str, text: &str, least: Size) -> Result<Size, CommandError> {
+    let size: Size = text
+        .parse()
+        .map_err(|err: Error| CommandError::usage(err.message))?;
+    if size < least {
+        let invalid = format!("Invalid {what} size value supplied: {text}.");
+        return Err(CommandError::invalid(invalid).hint(format!("The least is {least}.")));
+    }
+    Ok(size)
+}
+
+fn checksum(text: &str) -> Result<Digest, CommandError> {
+    text.parse().map_err(|err: Error| {
+        let advice = err.advice.unwrap_or_default();
+        CommandError::usage(err.message).hint(advice)
+    })
+}
+
+/// The daemon runs in another folder: a relative file becomes an absolute one.
+fn absolute(image: &str, folder: &Path) -> String {
+    let file = match image.strip_prefix("file://") {
+        Some(path) if path.starts_with('/') => return image.to_owned(),
+        Some(path) => folder.join(path),
+        None => {
+            let path = folder.join(image);
+            // Only what looks like a path, so that a file by chance named as an image is no trap.
+            if !image.contains('/') || image.contains("://") || !path.exists() {
+                return image.to_owned();
+            }
+            path
+        }
+    };
+    let file = std::path::absolute(&file).unwrap_or(file);
+    format!("file://{}", file.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(change: impl FnOnce(&mut Args)) -> Result<LaunchRequest, (u8, String)> {
+        let mut args = Args::default();
+        change(&mut args);
+        request(&args, Path::new("/work")).map_err(|err| (err.kind.exit_code(), err.text("launch")))
+    }
+
+    #[test]
+    fn nothing_given_leaves_all_to_the_daemon() {
+        assert_eq!(read(|_| ()).unwrap(), LaunchRequest::default());
+    }
+
+    #[test]
+    fn good_values() {
+        let request = read(|args| {
+            args.cpus = Some("2".into());
+            args.memory = Some("512M".into());
+            args.disk = Some("1.5G".into());
+            args.name = Some("foo-1".into());
+            args.timeout = Some("30".into());
+        })
+        .unwrap();
+        assert_eq!(request.cpus, Some(2));
+        assert_eq!(request.memory, Some(Size::mib(512)));
+        assert_eq!(request.disk, Some(Size::mib(1536)));
+        assert_eq!(request.timeout, Some(30));
+    }
+
+    #[test]
+    fn bad_values_have_the_known_texts_and_exit_codes() {
+        for bad in ["0", "-1", "x", "1.5", ""] {
+            let (code, text) = read(|args| args.cpus = Some(bad.into())).unwrap_err();
+            let known =
+                format!("Error: invalid CPU count '{bad}', need a positive integer value.\n");
+            assert_eq!((code, text), (1, known));
+        }
+        let (code, text) = read(|args| args.memory = Some("1CiG".into())).unwrap_err();
+        assert_eq!(code, 1);
+        assert!(
+            text.starts_with("1CiG is not a valid memory size - need"),
+            "{text}"
+        );
+        let (code, text) = read(|args| args.memory = Some("511M".into())).unwrap_err();
+        assert_eq!(code, 2);
+        assert!(
+            text.starts_with(
+                "launch failed: Invalid arguments supplied\n\
+                 Invalid memory size value supplied: 511M.\n"
+            ),
+            "{text}"
+        );
+        let (code, text) = read(|args| args.disk = Some("512M".into())).unwrap_err();
+        assert_eq!(code, 2);
+        assert!(
+            text.contains("Invalid disk size value supplied: 512M."),
+            "{text}"
+        );
+        let (code, text) = read(|args| args.name = Some("1a".into())).unwrap_err();
+        assert_eq!(code, 2);
+        assert!(
+            text.contains("\nInvalid instance name supplied: 1a\n"),
+            "{text}"
+        );
+        assert_eq!(
+            read(|args| args.checksum = Some("x".into())).unwrap_err().0,
+            1
+        );
+        assert_eq!(
+            read(|args| args.timeout = Some("0".into())).unwrap_err().0,
+            1
+        );
+    }
+
+    #[test]
+    fn files_become_absolute_and_names_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("a.img"), "").unwrap();
+        let full = format!("file://{}/a.img", dir.path().display());
+        for (image, expected) in [
+            ("debian-13", "debian-13"),
+            ("build:debian-13", "build:debian-13"),
+            ("https://x/y.img", "https://x/y.img"),
+            ("file:///x/y", "file:///x/y"),
+            ("a.img", "a.img"),
+            ("./a.img", full.as_str()),
+            ("./none.img", "./none.img"),
+            ("file://a.img", full.as_str()),
+            (&full["file://".len()..], full.as_str()),
+        ] {
+            assert_eq!(absolute(image, dir.path()), expected, "{image}");
+        }
+    }
+}

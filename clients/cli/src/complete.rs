@@ -1,0 +1,84 @@
+//! Live names for the shell's completion: asks a daemon that answers already, within a bound that
+//! a person does not notice, and stays silent on any error.
+
+use std::time::Duration;
+
+use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
+use pileus_client::Client;
+
+use crate::args::Global;
+use crate::environment::Environment;
+use crate::place::Place;
+use crate::render;
+
+const BOUND: Duration = Duration::from_millis(200);
+
+/// Completes names of instances.
+pub(crate) fn instances() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        ask(async |client| {
+            let instances = client.instances().await.ok()?;
+            let candidate = |i: &pileus_api::Instance| {
+                CompletionCandidate::new(i.name.as_str()).help(Some(render::state(i).into()))
+            };
+            Some(instances.iter().map(candidate).collect())
+        })
+    })
+}
+
+/// Completes names of images that can be launched.
+pub(crate) fn images() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        ask(async |client| {
+            let entries = client.catalog().await.ok()?;
+            let candidate = |e: &pileus_api::CatalogEntry| {
+                CompletionCandidate::new(&e.name)
+                    .help(Some(format!("{} {}", e.os, e.release).into()))
+            };
+            Some(entries.iter().map(candidate).collect())
+        })
+    })
+}
+
+/// Completes digests of images in the store.
+pub(crate) fn digests() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        ask(async |client| {
+            let images = client.images().await.ok()?;
+            let candidate = |i: &pileus_api::Image| {
+                CompletionCandidate::new(i.digest.short()).help(Some(i.source.clone().into()))
+            };
+            Some(images.iter().map(candidate).collect())
+        })
+    })
+}
+
+fn ask(
+    question: impl AsyncFnOnce(Client) -> Option<Vec<CompletionCandidate>>,
+) -> Vec<CompletionCandidate> {
+    let answer = || {
+        let place = Place::find(&given(), &Environment::of_process());
+        let client = Client::new(place.socket).ok()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .ok()?;
+        let bounded = async { tokio::time::timeout(BOUND, question(client)).await };
+        runtime.block_on(bounded).ok()?
+    };
+    answer().unwrap_or_default()
+}
+
+/// The daemon that the line being completed names, as far as it stands in words of its own.
+fn given() -> Global {
+    let words: Vec<_> = std::env::args_os().collect();
+    let after = |option: &str| {
+        let at = words.iter().position(|word| word == option)?;
+        words.get(at + 1).map(Into::into)
+    };
+    Global {
+        verbose: 0,
+        socket: after("--socket"),
+        storage: after("--storage"),
+    }
+}

@@ -1,0 +1,77 @@
+//! What the process was given by its surroundings, read once in `main` and passed in from there.
+
+use std::env;
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use pileus_base::layout::UserFolders;
+
+#[derive(Debug, Clone, Default)]
+pub struct Environment {
+    pub folders: UserFolders,
+    /// PILEUS_SOCKET
+    pub socket: Option<PathBuf>,
+    /// PILEUS_STORAGE
+    pub storage: Option<PathBuf>,
+    /// TERM
+    pub term: String,
+    /// PATH
+    pub search_path: OsString,
+    /// The folder of the running program.
+    pub own_folder: Option<PathBuf>,
+    pub current_folder: PathBuf,
+    pub terminals: Terminals,
+}
+
+/// Which of the standard streams are terminals.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Terminals {
+    pub stdin: bool,
+    pub stdout: bool,
+    pub stderr: bool,
+}
+
+impl Environment {
+    pub fn of_process() -> Self {
+        let path = |name| {
+            env::var_os(name)
+                .filter(|value| !value.is_empty())
+                .map(PathBuf::from)
+        };
+        Self {
+            folders: UserFolders {
+                home: path("HOME"),
+                data_home: path("XDG_DATA_HOME"),
+                cache_home: path("XDG_CACHE_HOME"),
+                runtime_dir: path("XDG_RUNTIME_DIR"),
+                uid: rustix::process::getuid().as_raw(),
+            },
+            socket: path("PILEUS_SOCKET"),
+            storage: path("PILEUS_STORAGE"),
+            term: env::var("TERM").unwrap_or_default(),
+            search_path: env::var_os("PATH").unwrap_or_default(),
+            own_folder: env::current_exe()
+                .ok()
+                .and_then(|exe| exe.parent().map(PathBuf::from)),
+            current_folder: env::current_dir().unwrap_or_else(|_| "/".into()),
+            terminals: Terminals {
+                stdin: std::io::stdin().is_terminal(),
+                stdout: std::io::stdout().is_terminal(),
+                stderr: std::io::stderr().is_terminal(),
+            },
+        }
+    }
+
+    pub fn is_root(&self) -> bool {
+        self.folders.uid == 0
+    }
+}
+
+/// The IANA name of this machine's time zone, from TZ or /etc/localtime.
+pub fn time_zone() -> Option<String> {
+    jiff::tz::TimeZone::try_system()
+        .ok()?
+        .iana_name()
+        .map(str::to_owned)
+}

@@ -1,0 +1,148 @@
+//! What long work is doing, on a terminal's standard error: a line for each operation with its
+//! phase, bytes and elapsed time. Off a terminal nothing is drawn.
+
+use std::time::Duration;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use pileus_api::{OperationEvent, Phase};
+
+use crate::terminal::harmless;
+
+const SPINNER: &str = "{spinner} {wide_msg} {elapsed}";
+const BAR: &str = "{spinner} {msg} [{bar:24}] {bytes}/{total_bytes} {elapsed}";
+
+#[derive(Clone)]
+pub(crate) struct Progress {
+    lines: MultiProgress,
+    visible: bool,
+    /// Whether the work's log lines are shown.
+    logs: bool,
+}
+
+impl Progress {
+    pub fn new(visible: bool, logs: bool) -> Self {
+        let target = if visible {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        Self {
+            lines: MultiProgress::with_draw_target(target),
+            visible,
+            logs,
+        }
+    }
+
+    /// A line for the work on one instance or image; it goes away when dropped.
+    pub fn line(&self, target: &str) -> Line {
+        let bar = if self.visible {
+            let bar = self.lines.add(ProgressBar::new_spinner());
+            bar.enable_steady_tick(Duration::from_millis(100));
+            bar
+        } else {
+            ProgressBar::hidden()
+        };
+        let line = Line {
+            progress: self.clone(),
+            bar,
+            target: target.to_owned(),
+            phase: None,
+        };
+        line.spin();
+        line
+    }
+
+    /// A whole line of text above what is drawn.
+    pub fn say(&self, text: &str) {
+        let text = harmless(text).into_owned();
+        if self.visible {
+            self.lines.suspend(|| eprintln!("{text}"));
+        } else {
+            eprintln!("{text}");
+        }
+    }
+}
+
+pub(crate) struct Line {
+    progress: Progress,
+    bar: ProgressBar,
+    target: String,
+    phase: Option<Phase>,
+}
+
+impl Line {
+    /// Says whole lines while the work goes on.
+    pub fn speaker(&self) -> Progress {
+        self.progress.clone()
+    }
+
+    pub fn message(&self, text: &str) {
+        self.bar.set_message(harmless(text).into_owned());
+    }
+
+    pub fn event(&mut self, event: &OperationEvent) {
+        match event {
+            OperationEvent::Phase { phase } => {
+                self.phase = Some(*phase);
+                self.spin();
+                self.message(&phase_text(*phase, &self.target));
+            }
+            OperationEvent::Progress { progress } => {
+                if let Some(total) = progress.total {
+                    if self.bar.length() != Some(total) {
+                        self.style(BAR);
+                        self.bar.set_length(total);
+                    }
+                    self.bar.set_position(progress.done);
+                }
+            }
+            OperationEvent::Log { line } => {
+                if self.progress.logs {
+                    self.progress.say(line);
+                } else if let Some(phase) = self.phase {
+                    let line = line.lines().next().unwrap_or_default();
+                    self.message(&format!("{}: {line}", phase_text(phase, &self.target)));
+                }
+            }
+            OperationEvent::Warning { line } => self.progress.say(&format!("warning: {line}")),
+            OperationEvent::Done { .. } => self.bar.finish_and_clear(),
+        }
+    }
+
+    fn spin(&self) {
+        self.bar.unset_length();
+        self.style(SPINNER);
+    }
+
+    fn style(&self, template: &str) {
+        // The templates are constants; a bad one would only leave the default style.
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            self.bar
+                .set_style(style.tick_chars("|/-\\ ").progress_chars("=> "));
+        }
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// What a person reads while a phase lasts.
+pub(crate) fn phase_text(phase: Phase, target: &str) -> String {
+    match phase {
+        Phase::Queued => format!("Waiting for other work on {target}"),
+        Phase::ResolvingImage => "Looking for the image".to_owned(),
+        Phase::BuildingImage => "Building the image".to_owned(),
+        Phase::RetrievingImage => "Retrieving image".to_owned(),
+        Phase::VerifyingImage => "Verifying image".to_owned(),
+        Phase::PreparingImage => "Preparing image".to_owned(),
+        Phase::Configuring => format!("Configuring {target}"),
+        Phase::Starting => format!("Starting {target}"),
+        Phase::Booting => format!("Waiting for {target} to boot"),
+        Phase::Initializing => format!("Waiting for initialization of {target} to complete"),
+        Phase::Stopping => format!("Stopping {target}"),
+        Phase::Deleting => format!("Deleting {target}"),
+    }
+}

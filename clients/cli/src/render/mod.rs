@@ -1,0 +1,72 @@
+//! Answers as text: one file a thing, each as table, JSON, CSV and YAML. The shapes are those that
+//! users and scripts of Multipass 1.16 know; what pileus adds comes after them.
+//!
+//! Everything here is a pure function from API types to a string.
+
+pub mod images;
+pub mod info;
+pub mod list;
+pub mod node;
+#[cfg(test)]
+pub(crate) mod samples;
+pub mod table;
+pub mod version;
+
+use clap::ValueEnum;
+use pileus_api::{Instance, InstanceState};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Format {
+    /// For people
+    #[default]
+    Table,
+    Json,
+    Csv,
+    Yaml,
+}
+
+/// The option `--format` of the commands that list things.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+pub struct FormatOption {
+    /// How to write the answer
+    #[arg(long, value_enum, default_value_t, hide_default_value = true)]
+    pub format: Format,
+}
+
+/// The word for an instance's state.
+pub fn state(instance: &Instance) -> &'static str {
+    if instance.deleted {
+        return "Deleted";
+    }
+    match instance.state {
+        InstanceState::Creating | InstanceState::Starting => "Starting",
+        InstanceState::Stopped => "Stopped",
+        InstanceState::Running => "Running",
+        InstanceState::Restarting => "Restarting",
+        InstanceState::Stopping => "Stopping",
+        InstanceState::Unknown => "Unknown",
+    }
+}
+
+/// System and release of an instance's image, `Debian 13`.
+pub fn image_title(instance: &Instance) -> String {
+    let image = &instance.image;
+    let title = format!("{} {}", image.os, image.release);
+    match title.trim() {
+        "" => "Not Available".to_owned(),
+        title => title.to_owned(),
+    }
+}
+
+/// One field of a CSV line, quoted if it must be.
+pub fn csv_field(text: &str) -> String {
+    if text.contains([',', '"', '\n', '\r']) {
+        return csv_quoted(text);
+    }
+    text.to_owned()
+}
+
+/// One field of a CSV line, always quoted.
+pub fn csv_quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('"', "\"\""))
+}

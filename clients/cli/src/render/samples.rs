@@ -1,0 +1,157 @@
+//! Instances and images for the tests of the renderers.
+
+use pileus_api::{
+    CatalogEntry, CloudInit, CloudInitStatus, Code, Digest, ErrorBody, GuestReport, Image,
+    Instance, InstanceImage, InstanceState, Phase, PhaseTime, PruneReply, PrunedImage, Size, Usage,
+};
+use pileus_base::Error;
+
+fn digest(byte: u8) -> Digest {
+    Digest::from_bytes([byte; 32])
+}
+
+fn time(text: &str) -> pileus_api::Timestamp {
+    text.parse().unwrap()
+}
+
+fn phase(phase: Phase, milliseconds: u64) -> PhaseTime {
+    PhaseTime {
+        phase,
+        milliseconds,
+    }
+}
+
+/// One that runs, one that is stopped with an error, one in the trash.
+pub fn instances() -> Vec<Instance> {
+    let running = Instance {
+        id: uuid::Uuid::from_u128(1),
+        name: "foo".parse().unwrap(),
+        state: InstanceState::Running,
+        deleted: false,
+        image: InstanceImage {
+            digest: digest(0xab),
+            source: "debian-13".into(),
+            os: "Debian".into(),
+            release: "13".into(),
+        },
+        cpus: 2,
+        memory: Size::gib(1),
+        disk: Size::gib(5),
+        mac: "52:54:00:01:02:03".into(),
+        ipv4: vec!["10.1.2.3".parse().unwrap(), "192.168.5.6".parse().unwrap()],
+        created_at: time("2026-11-21T20:00:00Z"),
+        started_at: Some(time("2026-11-21T20:00:10Z")),
+        phases: vec![
+            phase(Phase::Configuring, 120),
+            phase(Phase::Starting, 340),
+            phase(Phase::Booting, 21_050),
+            phase(Phase::Initializing, 9_900),
+        ],
+        cloud_init: Some(CloudInit {
+            status: CloudInitStatus::Done,
+            errors: vec![],
+        }),
+        last_error: None,
+        report: Some(GuestReport {
+            os: "Debian GNU/Linux 13 (trixie)".into(),
+            kernel: "6.12.43".into(),
+            cpus: 2,
+            load: [0.45, 0.5, 0.15],
+            memory: Usage {
+                used: 60_817_408,
+                total: 1_503_238_554,
+            },
+            disk: Usage {
+                used: 1_288_490_188,
+                total: 5_153_960_756,
+            },
+            uptime_seconds: 61,
+        }),
+    };
+    let stopped = Instance {
+        id: uuid::Uuid::from_u128(2),
+        name: "bar".parse().unwrap(),
+        state: InstanceState::Stopped,
+        ipv4: vec![],
+        started_at: None,
+        phases: vec![phase(Phase::Starting, 300), phase(Phase::Booting, 1_000)],
+        cloud_init: Some(CloudInit {
+            status: CloudInitStatus::Error,
+            errors: vec!["scripts_user: exit 1".into()],
+        }),
+        last_error: Some(ErrorBody::from(Error::new(
+            Code::GuestStopped,
+            "The guest powered off",
+        ))),
+        report: None,
+        ..running.clone()
+    };
+    let deleted = Instance {
+        id: uuid::Uuid::from_u128(3),
+        name: "old".parse().unwrap(),
+        deleted: true,
+        image: InstanceImage {
+            os: String::new(),
+            release: String::new(),
+            ..running.image.clone()
+        },
+        phases: vec![],
+        cloud_init: None,
+        last_error: None,
+        ..stopped.clone()
+    };
+    vec![stopped, running, deleted]
+}
+
+pub fn catalog() -> Vec<CatalogEntry> {
+    let entry = |name: &str, remote: &str, aliases: &[&str]| CatalogEntry {
+        name: name.into(),
+        aliases: aliases.iter().map(|a| (*a).to_owned()).collect(),
+        os: "Debian".into(),
+        release: "13".into(),
+        version: "20261121".into(),
+        remote: remote.into(),
+        cached: false,
+    };
+    vec![
+        entry("debian-13", "build", &["trixie", "debian", "d", "default"]),
+        entry("24.04", "release", &[]),
+    ]
+}
+
+pub fn images() -> Vec<Image> {
+    let used = Image {
+        digest: digest(0xab),
+        os: "Debian".into(),
+        release: "13".into(),
+        version: "20261121".into(),
+        source: "build:debian-13".into(),
+        virtual_size: Size::gib(3),
+        disk_usage: Size::mib(427),
+        direct_boot: true,
+        created_at: time("2026-11-21T20:00:00Z"),
+        used_at: Some(time("2026-11-21T21:00:00Z")),
+        used_by: vec!["foo".into(), "bar".into()],
+    };
+    let unused = Image {
+        digest: digest(0xcd),
+        os: String::new(),
+        release: String::new(),
+        version: String::new(),
+        source: "https://example.org/a,b.qcow2".into(),
+        direct_boot: false,
+        used_at: None,
+        used_by: vec![],
+        ..used.clone()
+    };
+    vec![used, unused]
+}
+
+pub fn pruned() -> PruneReply {
+    PruneReply {
+        removed: vec![PrunedImage {
+            digest: digest(0xcd),
+            freed: Size::mib(427),
+        }],
+    }
+}
