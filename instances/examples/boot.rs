@@ -58,6 +58,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (vm, mut events) = Vm::start(&qemu, &spec, None, None).await?;
     println!("{:?} QEMU answers", started.elapsed());
     let mut input = BufReader::new(tokio::io::stdin()).lines();
+    let mut listening = true;
     loop {
         tokio::select! {
             event = events.recv() => {
@@ -67,11 +68,11 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                     return Ok(());
                 }
             }
-            line = input.next_line() => match line?.as_deref() {
+            line = input.next_line(), if listening => match line?.as_deref() {
                 Some("r") => vm.reset().await?,
                 Some("q") => drop(vm.quit().await?),
                 Some(_) => vm.powerdown().await?,
-                None => std::future::pending().await,
+                None => listening = false,
             }
         }
     }

@@ -1,0 +1,141 @@
+//! The guest's agent, as `instances/src/guest/agent.py` talks: JSON lines over the agent's port.
+//! Hello, cloud-init's state and a report at each connection, then answers by number.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::{Machine, locked};
+
+const KERNEL: &str = "0.0-fake";
+
+pub fn serve(machine: &Arc<Machine>, port: &UnixListener) {
+    while let Ok((stream, _)) = port.accept() {
+        let Ok(writer) = stream.try_clone() else {
+            continue;
+        };
+        let writer = Arc::new(Mutex::new(Some(writer)));
+        let speaking = (machine.clone(), writer.clone());
+        std::thread::spawn(move || speak(&speaking.0, &speaking.1));
+        answer(machine, stream, &writer);
+        *locked(&writer) = None;
+    }
+}
+
+type Writer = Mutex<Option<UnixStream>>;
+
+/// `false` once the connection is gone.
+fn send(writer: &Writer, message: &Value) -> bool {
+    match locked(writer).as_mut() {
+        Some(stream) => stream.write_all(format!("{message}\n").as_bytes()).is_ok(),
+        None => false,
+    }
+}
+
+/// Says by itself how far the guest is, anew after each boot.
+fn speak(machine: &Machine, writer: &Writer) {
+    let mut told = 0;
+    while locked(writer).is_some() {
+        std::thread::sleep(Duration::from_millis(5));
+        let boot = machine.boots.load(Ordering::SeqCst);
+        if boot == told || !machine.up.load(Ordering::SeqCst) {
+            continue;
+        }
+        told = boot;
+        send(writer, &hello(machine));
+        send(writer, &cloud_init("running", &[]));
+        send(writer, &report(machine));
+        machine.pause_for("cloud-init-ms");
+        if machine.has("cloud-init-hangs") {
+            continue;
+        }
+        send(writer, &final_state(machine));
+        send(writer, &report(machine));
+    }
+}
+
+fn answer(machine: &Arc<Machine>, stream: UnixStream, writer: &Writer) {
+    for line in BufReader::new(stream).lines() {
+        let Ok(line) = line else { return };
+        let Ok(request) = serde_json::from_str::<Value>(&line) else {
+            continue;
+        };
+        // What is sent to a guest that is not up waits in its port.
+        while !machine.up.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let what = request["do"].as_str().unwrap_or_default();
+        let mut reply = json!({"type": "reply", "id": request["id"], "ok": true});
+        match what {
+            "hello" => {
+                send(writer, &hello(machine));
+            }
+            "report" => {
+                send(writer, &report(machine));
+            }
+            "ping" | "set-time" | "set-keys" | "ssh-close" | "poweroff" | "reboot" => (),
+            "ensure-user" => {
+                reply["login"] = json!({"user": "ubuntu", "uid": 1000, "home": "/home/ubuntu"});
+            }
+            _ => {
+                reply["ok"] = json!(false);
+                reply["error"] = json!(format!("the fake guest can't do {what}"));
+            }
+        }
+        if !send(writer, &reply) {
+            return;
+        }
+        match what {
+            "poweroff" => machine.shut_down(true, "guest-shutdown"),
+            "reboot" => machine.reset(true, "guest-reset"),
+            _ => (),
+        }
+    }
+}
+
+fn hello(machine: &Machine) -> Value {
+    json!({
+        "type": "hello", "proto": 1, "agent": "fake",
+        "boot_id": format!("boot-{}-{}", std::process::id(), machine.boots.load(Ordering::SeqCst)),
+        "hostname": machine.name, "kernel": KERNEL, "machine": "x86_64", "python": "3",
+        "os": "Fake GNU/Linux", "pid": 1, "instance": "",
+    })
+}
+
+fn cloud_init(state: &str, errors: &[&str]) -> Value {
+    json!({
+        "type": "cloud-init", "state": state, "stage": null, "stages": {},
+        "errors": errors, "recoverable": [], "datasource": "NoCloud",
+    })
+}
+
+fn final_state(machine: &Machine) -> Value {
+    if machine.has("cloud-init-error") {
+        return cloud_init("error", &["modules-final: fake error"]);
+    }
+    if machine.has("cloud-init-degraded") {
+        let mut state = cloud_init("degraded", &[]);
+        state["recoverable"] = json!(["WARNING: fake warning"]);
+        return state;
+    }
+    cloud_init("done", &[])
+}
+
+fn report(machine: &Machine) -> Value {
+    let addresses: Vec<&str> = machine.value("address").into_iter().collect();
+    json!({
+        "type": "report",
+        "interfaces": [{"name": "eth0", "mac": "52:54:00:00:00:00", "addresses": addresses}],
+        "load": [0.0, 0.0, 0.0],
+        "memory": {"total": 1 << 30, "used": 100 << 20},
+        "disk": {"total": 5_u64 << 30, "used": 1 << 30},
+        "cpus": 1, "uptime": 1.0,
+        "kernel": {"running": KERNEL, "disk": KERNEL, "current": true},
+        "time": 1.0,
+    })
+}
