@@ -1,0 +1,84 @@
+//! The daemon's command line and what it says about the folders. The environment is read here and
+//! nowhere below.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use pileus_base::Layout;
+use pileus_base::layout::UserFolders;
+use pileus_instances::qemu::AcceleratorChoice;
+
+/// The daemon of pileus: owns the instances and serves the API on a Unix socket.
+#[derive(Debug, Parser)]
+#[command(name = "pileusd", version, about)]
+pub struct Args {
+    /// Keep everything below this folder (data/, cache/, run/).
+    #[arg(long, value_name = "DIR", env = "PILEUS_STORAGE")]
+    pub storage: Option<PathBuf>,
+
+    /// Serve the API on this socket.
+    #[arg(long, value_name = "PATH", env = "PILEUS_SOCKET")]
+    pub socket: Option<PathBuf>,
+
+    /// Group whose members may use a system daemon's socket.
+    #[arg(long, value_name = "NAME", default_value = "pileus")]
+    pub group: String,
+
+    /// The hypervisor to use instead of the one on the PATH.
+    #[arg(long, value_name = "PROGRAM", env = "PILEUS_QEMU")]
+    pub qemu: Option<PathBuf>,
+
+    /// What runs the guests' instructions: auto, kvm or tcg.
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "auto",
+        env = "PILEUS_ACCELERATOR"
+    )]
+    pub accelerator: AcceleratorChoice,
+
+    /// What to log: error, warn, info, debug, trace, or a filter such as `pileusd=debug`.
+    #[arg(
+        long,
+        value_name = "FILTER",
+        default_value = "info",
+        env = "PILEUS_LOG"
+    )]
+    pub log: String,
+
+    /// Log as JSON, a line an event.
+    #[arg(long)]
+    pub log_json: bool,
+
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Print the OpenAPI document of the API and end.
+    #[command(hide = true)]
+    Openapi,
+}
+
+impl Args {
+    /// Where everything lies, by the options or by who we are.
+    pub fn layout(&self, uid: u32) -> Layout {
+        let folder = |name: &str| {
+            std::env::var_os(name)
+                .map(PathBuf::from)
+                .filter(|path| path.is_absolute())
+        };
+        match &self.storage {
+            Some(dir) => Layout::below(&std::path::absolute(dir).unwrap_or(dir.clone()), uid),
+            None if uid == 0 => Layout::system(),
+            None => Layout::user(&UserFolders {
+                home: folder("HOME"),
+                data_home: folder("XDG_DATA_HOME"),
+                cache_home: folder("XDG_CACHE_HOME"),
+                runtime_dir: folder("XDG_RUNTIME_DIR"),
+                uid,
+            }),
+        }
+    }
+}

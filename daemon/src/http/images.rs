@@ -1,0 +1,44 @@
+//! `/v1/images` and `/v1/catalog`: what is in the store, and what can be launched by name.
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use pileus_api::{CatalogEntry, ErrorReply, Image, PruneReply};
+
+use super::{Json, Path, Reply};
+use crate::service::Service;
+
+/// Lists the images that can be launched by name.
+#[utoipa::path(get, path = "/v1/catalog", tag = "images",
+    responses((status = 200, description = "Images of all hosts", body = Vec<CatalogEntry>)))]
+pub async fn catalog(State(service): State<Service>) -> Reply<Json<Vec<CatalogEntry>>> {
+    Ok(Json(service.catalog().await?))
+}
+
+/// Lists the images in the store.
+#[utoipa::path(get, path = "/v1/images", tag = "images",
+    responses((status = 200, description = "Images in the store", body = Vec<Image>)))]
+pub async fn list(State(service): State<Service>) -> Reply<Json<Vec<Image>>> {
+    Ok(Json(service.images().await?))
+}
+
+/// Removes an image that no instance stands on.
+#[utoipa::path(delete, path = "/v1/images/{digest}", tag = "images",
+    params(("digest" = String, Path, description = "The digest, or its first digits")),
+    responses(
+        (status = 204, description = "It is gone"),
+        (status = 404, description = "No such image", body = ErrorReply),
+        (status = 409, description = "An instance stands on it", body = ErrorReply)))]
+pub async fn remove(
+    State(service): State<Service>,
+    Path(digest): Path<String>,
+) -> Reply<StatusCode> {
+    service.remove_image(&digest).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Removes every image that no instance stands on.
+#[utoipa::path(post, path = "/v1/images/prune", tag = "images",
+    responses((status = 200, description = "What was removed", body = PruneReply)))]
+pub async fn prune(State(service): State<Service>) -> Reply<Json<PruneReply>> {
+    Ok(Json(service.prune_images().await?))
+}

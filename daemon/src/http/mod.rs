@@ -1,0 +1,202 @@
+//! The API over HTTP: routes, conversion of errors, and nothing else. Each handler reads a request,
+//! calls the service and writes the reply.
+//!
+//! Next step on the way of the data: `daemon/src/service/`.
+
+mod events;
+mod exec;
+mod images;
+mod instances;
+pub mod listener;
+mod operations;
+mod server;
+
+use axum::Router;
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::extract::{FromRequest, FromRequestParts};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use pileus_api::error::http_status;
+use pileus_api::{Code, ErrorBody, ErrorReply, routes};
+use pileus_base::Error;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::service::Service;
+
+/// A request body holds the user data at most (16 MiB, a third more in base64).
+const MAX_BODY: usize = 24 << 20;
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "pileus",
+        description = "A local mini-cloud. Long work answers with an operation; see /v1/operations.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    servers((url = "http://localhost", description = "The daemon's Unix socket")),
+    components(schemas(
+        pileus_api::Event,
+        pileus_api::OperationEvent,
+        pileus_api::ExecControl,
+        pileus_api::ExecEvent,
+    ))
+)]
+struct Document;
+
+/// The routes with their documentation.
+fn documented() -> (Router<Service>, utoipa::openapi::OpenApi) {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(server::server))
+        .routes(routes!(events::events))
+        .routes(routes!(instances::list, instances::launch))
+        .routes(routes!(instances::get, instances::delete))
+        .routes(routes!(instances::start))
+        .routes(routes!(instances::stop))
+        .routes(routes!(instances::restart))
+        .routes(routes!(instances::recover))
+        .routes(routes!(instances::log))
+        .routes(routes!(exec::exec))
+        .routes(routes!(instances::purge))
+        .routes(routes!(images::catalog))
+        .routes(routes!(images::list))
+        .routes(routes!(images::remove))
+        .routes(routes!(images::prune))
+        .routes(routes!(operations::list))
+        .routes(routes!(operations::get, operations::cancel))
+        .routes(routes!(operations::events))
+        .routes(routes!(operations::wait))
+        .split_for_parts()
+}
+
+/// The OpenAPI document as it is checked in at `api/openapi.json`.
+pub fn openapi() -> String {
+    let (_, document) = documented();
+    let mut text = document
+        .to_pretty_json()
+        .unwrap_or_else(|err| format!("{{\"error\": \"{err}\"}}"));
+    text.push('\n');
+    text
+}
+
+/// The whole API as a service for axum.
+pub fn router(service: Service) -> Router {
+    let (router, _) = documented();
+    router
+        .route(
+            routes::OPENAPI,
+            axum::routing::get(|| async { ([("content-type", "application/json")], openapi()) }),
+        )
+        .fallback(|| async {
+            Failure(Error::new(
+                Code::InvalidArgument,
+                "There is no such path in this API",
+            ))
+        })
+        .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY))
+        .layer(tower_http::trace::TraceLayer::new_for_http())
+        .with_state(service)
+}
+
+/// An error on its way to the client.
+#[derive(Debug)]
+pub struct Failure(pub Error);
+
+pub type Reply<T> = Result<T, Failure>;
+
+impl From<Error> for Failure {
+    fn from(err: Error) -> Self {
+        Self(err)
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(http_status(self.0.code))
+            .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let error = ErrorBody::from(self.0);
+        (status, axum::Json(ErrorReply { error })).into_response()
+    }
+}
+
+macro_rules! rejections {
+    ($($rejection:ty),*) => {$(
+        impl From<$rejection> for Failure {
+            fn from(rejection: $rejection) -> Self {
+                Self(Error::new(Code::InvalidArgument, rejection.body_text()))
+            }
+        }
+    )*};
+}
+rejections!(JsonRejection, PathRejection, QueryRejection);
+
+/// axum's extractors, with our errors.
+#[derive(FromRequest)]
+#[from_request(via(axum::Json), rejection(Failure))]
+pub struct Json<T>(pub T);
+
+impl<T: serde::Serialize> IntoResponse for Json<T> {
+    fn into_response(self) -> Response {
+        axum::Json(self.0).into_response()
+    }
+}
+
+#[derive(FromRequestParts)]
+#[from_request(via(axum::extract::Path), rejection(Failure))]
+pub struct Path<T>(pub T);
+
+#[derive(FromRequestParts)]
+#[from_request(via(axum::extract::Query), rejection(Failure))]
+pub struct Query<T>(pub T);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `UPDATE_DOCS=1 cargo test -p pileusd` writes the document anew.
+    #[test]
+    fn the_checked_in_document_is_current() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../api/openapi.json");
+        let now = openapi();
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(path, &now).unwrap();
+        }
+        let kept = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(
+            kept == now,
+            "api/openapi.json is old: run `cargo xtask docs`"
+        );
+    }
+
+    #[test]
+    fn every_route_is_documented_under_its_constant() {
+        let document: serde_json::Value = serde_json::from_str(&openapi()).unwrap();
+        let paths = document["paths"].as_object().unwrap();
+        let constants = [
+            routes::SERVER,
+            routes::EVENTS,
+            routes::INSTANCES,
+            routes::INSTANCE,
+            routes::INSTANCE_START,
+            routes::INSTANCE_STOP,
+            routes::INSTANCE_RESTART,
+            routes::INSTANCE_RECOVER,
+            routes::INSTANCE_EXEC,
+            routes::INSTANCE_LOG,
+            routes::PURGE,
+            routes::CATALOG,
+            routes::IMAGES,
+            routes::IMAGE,
+            routes::IMAGES_PRUNE,
+            routes::OPERATIONS,
+            routes::OPERATION,
+            routes::OPERATION_EVENTS,
+            routes::OPERATION_WAIT,
+        ];
+        for path in constants {
+            assert!(paths.contains_key(path), "{path} is not documented");
+        }
+        assert_eq!(paths.len(), constants.len());
+    }
+}

@@ -1,0 +1,59 @@
+//! From what the daemon knows of an instance to what the API tells of it.
+
+use pileus_api::{CloudInitStatus, Instance as ApiInstance, InstanceImage, InstanceState};
+use pileus_base::Digest;
+
+use super::registry::Instance;
+use crate::state::instances::{InstanceRow, Stage};
+
+pub fn instance(instance: &Instance) -> ApiInstance {
+    let row = instance.row();
+    let snapshot = instance.snapshot();
+    let state = snapshot.as_ref().map_or(state(&row), |s| s.state);
+    let live = state != InstanceState::Stopped;
+    let (ipv4, report) = match &snapshot {
+        Some(snapshot) if live => (snapshot.addresses.clone(), snapshot.report.clone()),
+        _ => (Vec::new(), None),
+    };
+    let cloud_init = snapshot
+        .and_then(|s| s.cloud_init)
+        .or(row.history.cloud_init)
+        // A guest that ended while cloud-init ran did not finish it.
+        .filter(|c| live || c.status != CloudInitStatus::Running);
+    ApiInstance {
+        id: row.id,
+        name: row.name,
+        state,
+        deleted: row.deleted,
+        image: row.spec.image.unwrap_or_else(unknown_image),
+        cpus: row.spec.cpus,
+        memory: row.spec.memory,
+        disk: row.spec.disk,
+        mac: row.mac,
+        ipv4,
+        created_at: row.created_at,
+        started_at: row.started_at,
+        phases: row.history.phases,
+        cloud_init,
+        last_error: row.history.last_error,
+        report,
+    }
+}
+
+/// While the image is still being fetched.
+fn unknown_image() -> InstanceImage {
+    InstanceImage {
+        digest: Digest::from_bytes([0; 32]),
+        source: String::new(),
+        os: String::new(),
+        release: String::new(),
+    }
+}
+
+/// The state that the API shows.
+pub fn state(row: &InstanceRow) -> InstanceState {
+    match row.stage {
+        Stage::Is(state) => state,
+        Stage::Purging => InstanceState::Stopped,
+    }
+}

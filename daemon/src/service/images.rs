@@ -1,0 +1,145 @@
+//! Images: what is in the store, what can be launched, and who may read which file.
+
+use std::path::Path;
+
+use pileus_api::{CatalogEntry, Event, Image as ApiImage, PruneReply, PrunedImage};
+use pileus_base::{Code, Error, Result};
+
+use super::{Mode, Service};
+use crate::http::listener::Peer;
+
+impl Service {
+    pub async fn catalog(&self) -> Result<Vec<CatalogEntry>> {
+        let entries = self.parts.store.catalog().await?;
+        let stored = self.parts.store.list()?;
+        Ok(entries
+            .into_iter()
+            .map(|entry| {
+                let source = format!("{}:{}", entry.remote, entry.name);
+                CatalogEntry {
+                    cached: stored.iter().any(|image| image.info.source == source),
+                    name: entry.name,
+                    aliases: entry.aliases,
+                    os: entry.about.os,
+                    release: entry.about.release,
+                    version: entry.about.version,
+                    remote: entry.remote,
+                }
+            })
+            .collect())
+    }
+
+    pub async fn images(&self) -> Result<Vec<ApiImage>> {
+        let instances = self.parts.registry.all();
+        let mut images: Vec<_> = self
+            .parts
+            .store
+            .list()?
+            .iter()
+            .map(|image| {
+                let info = &image.info;
+                let used_by = instances
+                    .iter()
+                    .map(|instance| instance.row())
+                    .filter(|row| {
+                        let stands_on = row.spec.image.as_ref().map(|i| &i.digest);
+                        stands_on == Some(&info.digest)
+                    })
+                    .map(|row| row.name.to_string());
+                ApiImage {
+                    digest: info.digest.clone(),
+                    os: info.os.clone(),
+                    release: info.release.clone(),
+                    version: info.version.clone(),
+                    source: info.source.clone(),
+                    virtual_size: info.virtual_size,
+                    disk_usage: image.allocated,
+                    direct_boot: info.kernel,
+                    created_at: info.created,
+                    used_at: Some(image.last_used),
+                    used_by: used_by.collect(),
+                }
+            })
+            .collect();
+        images.sort_by(|a, b| (&a.os, &a.release, &a.digest).cmp(&(&b.os, &b.release, &b.digest)));
+        Ok(images)
+    }
+
+    /// Removes an image by its digest or the digest's first digits.
+    pub async fn remove_image(&self, digest: &str) -> Result<()> {
+        let digits = digest.strip_prefix("sha256:").unwrap_or(digest);
+        let images = self.parts.store.list()?;
+        let mut found = images
+            .iter()
+            .filter(|image| !digits.is_empty() && image.info.digest.hex().starts_with(digits));
+        let (Some(image), None) = (found.next(), found.next()) else {
+            return Err(Error::new(
+                Code::ImageNotFound,
+                format!("image \"{digest}\" does not exist, or more than one begins so"),
+            )
+            .advise("`pileus images` lists the digests."));
+        };
+        let digest = image.info.digest.clone();
+        if self.digests_in_use().contains(&digest) {
+            return Err(Error::new(
+                Code::ImageInUse,
+                format!("image {} is used by an instance", digest.short()),
+            )
+            .advise("`pileus images` tells by which; purge that first."));
+        }
+        let store = self.parts.store.clone();
+        blocking(move || store.remove(&digest)).await?;
+        self.parts.hub.send(Event::Images);
+        Ok(())
+    }
+
+    pub async fn prune_images(&self) -> Result<PruneReply> {
+        let in_use = self.digests_in_use();
+        let store = self.parts.store.clone();
+        let removed = blocking(move || store.prune(&in_use)).await?;
+        self.parts.hub.send(Event::Images);
+        Ok(PruneReply {
+            removed: removed
+                .into_iter()
+                .map(|removed| PrunedImage {
+                    digest: removed.info.digest,
+                    freed: removed.freed,
+                })
+                .collect(),
+        })
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|err| Error::internal("Work on the image store broke off").with_source(err))?
+}
+
+/// A system daemon reads files as root; it must not do so for someone who may not read them.
+pub(super) fn may_read(mode: &Mode, peer: Peer, path: &Path) -> Result<()> {
+    if peer.uid == 0 || matches!(mode, Mode::User(_)) {
+        return Ok(());
+    }
+    // Opened by a thread that is this user for a moment. Only this thread's identity changes, and it
+    // ends right after.
+    let path = path.to_owned();
+    let opened = std::thread::spawn(move || {
+        rustix::thread::set_thread_groups(&[])?;
+        nix::unistd::setfsgid(nix::unistd::Gid::from_raw(peer.gid));
+        nix::unistd::setfsuid(nix::unistd::Uid::from_raw(peer.uid));
+        std::fs::File::open(&path).map(|_| ())
+    })
+    .join();
+    match opened {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(err)) if err.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Ok(Err(err)) => Err(Error::new(
+            Code::PermissionDenied,
+            format!("The user {} may not read the image's file: {err}", peer.uid),
+        )),
+        Err(_) => Err(Error::internal("Checking the file's permission failed")),
+    }
+}

@@ -1,0 +1,457 @@
+//! Launch: where an image's way in and a command's way down meet.
+//!
+//! ```text
+//! check the request ─▶ row `creating` (name, address, MAC, slot) ─▶ answer with an operation
+//!   ─▶ image in the store ─▶ disk, seed, keys in instances/ID ─▶ row `stopped` ─▶ task ─▶ boot
+//! ```
+//!
+//! Until the guest boots, whatever fails is undone: folder, row, name. After that the instance stays,
+//! so that its console can be read; only a launch that the user cancels is undone at any time.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+use pileus_api::{
+    InstanceImage, InstanceState, LaunchRequest, Operation, OperationKind, PhaseTime,
+};
+use pileus_base::{Code, Error, InstanceName, Phase, Reporter, Result, Size, files};
+use pileus_images::{Image, ImageRef, overlay};
+use pileus_instances::driver::{DISK, QemuDriver, SEED};
+use pileus_instances::guest::cloud_init;
+use pileus_instances::guest::keys::InstanceKeys;
+use pileus_instances::guest::seed::{self, SeedNic, SeedSpec};
+use pileus_instances::machine::{BOOT_TIMEOUT, Config, Machine, Snapshot};
+
+use super::lifecycle::bound;
+use super::registry::{Instance, RowJournal};
+use super::wiring::{self, HostWiring};
+use super::{Service, convert};
+use crate::http::listener::Peer;
+use crate::state;
+use crate::state::instances::{History, InstanceRow, Spec, Stage};
+
+const MIN_MEMORY: Size = Size::mib(512);
+const MIN_DISK: Size = Size::gib(1);
+const DEFAULT_MEMORY: Size = Size::gib(1);
+const DEFAULT_DISK: Size = Size::gib(5);
+/// The name that every host set-up can launch.
+const DEFAULT_IMAGE: &str = "default";
+/// More than any machine has; a typing mistake is more likely.
+const MAX_CPUS: u32 = 255;
+
+/// A request that was checked.
+struct Order {
+    source: String,
+    image: ImageRef,
+    name: Option<InstanceName>,
+    cpus: u32,
+    memory: Size,
+    disk: Option<Size>,
+    user_data: Option<Vec<u8>>,
+    request: LaunchRequest,
+}
+
+impl Service {
+    /// Begins a launch. What is wrong with the request itself is told at once.
+    pub async fn launch(&self, request: LaunchRequest, peer: Peer) -> Result<Operation> {
+        let order = check(request)?;
+        if let ImageRef::File(path) = &order.image {
+            super::images::may_read(&self.parts.mode, peer, path)?;
+        }
+        // A host that can't run anything says so before anything is fetched.
+        self.parts.hypervisor.get().await?;
+        let instance = self.reserve(&order).await?;
+        let name = instance.row().name.to_string();
+        let service = self.clone();
+        let began = self
+            .parts
+            .operations
+            .begin(OperationKind::Launch, name, |report| {
+                let instance = instance.clone();
+                async move { service.carry_out(&order, &instance, &report).await }
+            })
+            .await;
+        if began.is_err() {
+            self.undo(&instance).await;
+        }
+        began
+    }
+
+    /// Takes a name, an address, a MAC and a slot, all in one transaction.
+    async fn reserve(&self, order: &Order) -> Result<Arc<Instance>> {
+        let network = self.parts.network.clone();
+        let wanted = order.name.clone();
+        let created_at = (self.parts.clock)();
+        let spec = Spec {
+            cpus: order.cpus,
+            memory: order.memory,
+            disk: order.disk.unwrap_or(DEFAULT_DISK),
+            image: None,
+            machine_type: None,
+            firmware_boot: false,
+        };
+        let row = self
+            .parts
+            .state
+            .run(move |tx| {
+                let taken = state::instances::taken(tx)?;
+                let name = match wanted {
+                    Some(name) => name,
+                    None => free_name(&taken.names)?,
+                };
+                let slot = (0..)
+                    .find(|slot| !taken.slots.contains(slot))
+                    .unwrap_or_default();
+                let row = InstanceRow {
+                    id: uuid::Uuid::new_v4(),
+                    name,
+                    address: network
+                        .free_address(&taken.addresses.into_iter().collect::<HashSet<_>>())?,
+                    mac: wiring::random_mac(),
+                    slot,
+                    stage: Stage::Is(InstanceState::Creating),
+                    deleted: false,
+                    created_at,
+                    started_at: None,
+                    spec,
+                    process: None,
+                    history: History::default(),
+                };
+                state::instances::insert(tx, &row)?;
+                Ok(row)
+            })
+            .await?;
+        let instance = Instance::new(row, self.parts.state.clone(), self.parts.hub.clone());
+        self.parts.registry.add(instance.clone());
+        Ok(instance)
+    }
+
+    async fn carry_out(
+        &self,
+        order: &Order,
+        instance: &Arc<Instance>,
+        report: &Reporter,
+    ) -> Result<()> {
+        let began = Instant::now();
+        let (image, before) = match self.prepare(order, instance, report, began).await {
+            Ok(prepared) => prepared,
+            Err(err) => {
+                self.undo(instance).await;
+                return Err(err);
+            }
+        };
+        let machine = match self.own(instance, image) {
+            Ok(machine) => machine,
+            Err(err) => {
+                self.undo(instance).await;
+                return Err(err);
+            }
+        };
+        let timeout = bound(order.request.timeout, BOOT_TIMEOUT);
+        let booted = machine.start(timeout, before, report.clone()).await;
+        let Err(error) = booted else {
+            return Ok(());
+        };
+        // A guest that began to boot may be worth a look; what never started, or what the user does
+        // not want any more, goes.
+        let unwanted = error.code == Code::Cancelled && report.check().is_err();
+        let started = instance
+            .row()
+            .history
+            .phases
+            .iter()
+            .any(|p| p.phase == Phase::Starting);
+        if unwanted || !started {
+            self.end(instance, &Reporter::silent()).await?;
+            return Err(error);
+        }
+        let name = instance.row().name;
+        Err(match error.advice {
+            Some(_) => error,
+            None => error.advise(format!(
+                "The instance is kept: `pileus logs {name}` shows its console, \
+                 `pileus delete --purge {name}` ends it."
+            )),
+        })
+    }
+
+    /// Makes all that lies on disk. Returns the image and how long each phase took.
+    async fn prepare(
+        &self,
+        order: &Order,
+        instance: &Arc<Instance>,
+        report: &Reporter,
+        began: Instant,
+    ) -> Result<(Arc<Image>, Vec<PhaseTime>)> {
+        report.phase(Phase::ResolvingImage);
+        let checksum = order.request.checksum.as_ref();
+        let image = self
+            .parts
+            .store
+            .obtain(&order.image, checksum, report)
+            .await?;
+        report.check()?;
+        let mut phases = vec![phase_time(Phase::ResolvingImage, began)];
+
+        let began = Instant::now();
+        report.phase(Phase::Configuring);
+        let disk = match order.disk {
+            Some(disk) => disk,
+            None => DEFAULT_DISK.max(image.info().virtual_size),
+        };
+        let host = self.parts.hypervisor.get().await?;
+        let source = order.source.clone();
+        let row = instance
+            .change(|row| {
+                row.spec.disk = disk;
+                row.spec.machine_type = Some(host.qemu.machine_type.clone());
+                row.spec.image = Some(InstanceImage {
+                    digest: image.digest().clone(),
+                    source,
+                    os: image.info().os.clone(),
+                    release: image.info().release.clone(),
+                });
+            })
+            .await?;
+        self.write_files(order, &row, &image).await?;
+        instance
+            .change(|row| row.stage = Stage::Is(InstanceState::Stopped))
+            .await?;
+        phases.push(phase_time(Phase::Configuring, began));
+        Ok((image, phases))
+    }
+
+    /// Disk, keys and seed, in the instance's own folder.
+    async fn write_files(&self, order: &Order, row: &InstanceRow, image: &Image) -> Result<()> {
+        let folder = self.parts.layout.instance(row.id);
+        let base = image.disk();
+        let row = row.clone();
+        let user_data = order.user_data.clone();
+        let timezone = order.request.timezone.clone();
+        let write = move || {
+            files::create_folder(&folder, 0o700)?;
+            overlay::create(&folder.join(DISK), row.spec.disk, &base)?;
+            let keys = InstanceKeys::generate()?;
+            keys.store(&folder)?;
+            let seed = seed::build(&SeedSpec {
+                instance_id: &row.id.to_string(),
+                hostname: row.name.as_str(),
+                user_data: user_data.as_deref(),
+                nics: &[SeedNic {
+                    mac: row.mac.clone(),
+                    optional: true,
+                }],
+                keys: &keys,
+                timezone: timezone.as_deref(),
+            })?;
+            files::write_atomic(&folder.join(SEED), &seed, 0o600)?;
+            if let Some(user_data) = user_data {
+                files::write_atomic(&folder.join("user-data"), &user_data, 0o600)?;
+            }
+            files::sync_folder(&folder)
+        };
+        tokio::task::spawn_blocking(write).await.map_err(|err| {
+            Error::internal("Writing the instance's files failed").with_source(err)
+        })?
+    }
+
+    /// Gives the instance its task.
+    fn own(&self, instance: &Arc<Instance>, image: Arc<Image>) -> Result<Machine<QemuDriver>> {
+        let config = self.machine_config(instance, image)?;
+        let machine = Machine::spawn(config);
+        instance.set_machine(machine.clone());
+        Ok(machine)
+    }
+
+    /// What the instance's task begins with, from its row.
+    pub(crate) fn machine_config(
+        &self,
+        instance: &Arc<Instance>,
+        image: Arc<Image>,
+    ) -> Result<Config<QemuDriver>> {
+        let row = instance.row();
+        let setup = wiring::setup(&self.parts.layout, &row, &image)?;
+        let wiring = HostWiring {
+            service: self.clone(),
+            nic: wiring::nic(&row)?,
+            slot: row.slot,
+            _image: image,
+        };
+        let mut snapshot = Snapshot::stopped();
+        snapshot.state = convert::state(&row);
+        snapshot.process = row.process;
+        snapshot.started_at = row.started_at;
+        snapshot.phases = row.history.phases;
+        snapshot.last_error = row.history.last_error;
+        snapshot.firmware_boot = row.spec.firmware_boot;
+        Ok(Config {
+            name: row.name,
+            driver: QemuDriver::new(setup, Arc::new(wiring)),
+            journal: Arc::new(RowJournal(Arc::downgrade(instance))),
+            snapshot,
+            address: row.address,
+            clock: self.parts.clock,
+        })
+    }
+
+    /// Takes back a launch that came to nothing.
+    pub(crate) async fn undo(&self, instance: &Arc<Instance>) {
+        if let Err(err) = self.end(instance, &Reporter::silent()).await {
+            tracing::error!(instance = %instance.row().name, %err, "a launch can't be undone");
+        }
+    }
+}
+
+fn phase_time(phase: Phase, began: Instant) -> PhaseTime {
+    PhaseTime {
+        phase,
+        milliseconds: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+/// Everything that can be wrong with a request without looking at the host.
+fn check(mut request: LaunchRequest) -> Result<Order> {
+    let source = request
+        .image
+        .clone()
+        .filter(|image| !image.is_empty())
+        .unwrap_or_else(|| DEFAULT_IMAGE.to_owned());
+    let image = source.parse()?;
+    let cpus = request.cpus.unwrap_or(1);
+    if cpus == 0 || cpus > MAX_CPUS {
+        return Err(Error::new(
+            Code::InvalidArgument,
+            format!("{cpus} is no possible number of CPUs"),
+        )
+        .advise(format!("Give a number from 1 to {MAX_CPUS}.")));
+    }
+    let memory = request.memory.unwrap_or(DEFAULT_MEMORY);
+    at_least("memory", memory, MIN_MEMORY)?;
+    if let Some(disk) = request.disk {
+        at_least("disk", disk, MIN_DISK)?;
+    }
+    if let Some(zone) = &request.timezone {
+        let ok = zone.len() <= 64
+            && !zone.starts_with('/')
+            && !zone.contains("..")
+            && zone
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"/_+-".contains(&b));
+        if !ok {
+            return Err(Error::new(
+                Code::InvalidArgument,
+                format!("{zone:?} is no time zone's name"),
+            ));
+        }
+    }
+    let user_data = match request.user_data.take() {
+        Some(data) => Some(cloud_init::check(data.0)?.bytes),
+        None => None,
+    };
+    Ok(Order {
+        source,
+        image,
+        name: request.name.clone(),
+        cpus,
+        // QEMU wants whole mebibytes, a disk whole sectors.
+        memory: memory.round_up(1 << 20),
+        disk: request.disk.map(|disk| disk.round_up(512)),
+        user_data,
+        request,
+    })
+}
+
+fn at_least(what: &str, size: Size, least: Size) -> Result<()> {
+    if size >= least {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::InvalidSize,
+        format!("Invalid {what} size value supplied: {size}."),
+    )
+    .advise(format!("It must be at least {least}.")))
+}
+
+/// A random name that nobody has.
+fn free_name(taken: &[String]) -> Result<InstanceName> {
+    for words in [2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3] {
+        if let Some(name) = petname::petname(words, "-")
+            && !taken.iter().any(|t| t.eq_ignore_ascii_case(&name))
+            && let Ok(name) = name.parse()
+        {
+            return Ok(name);
+        }
+    }
+    Err(Error::internal("No free random name was found").advise("Give a name with --name."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn code(request: LaunchRequest) -> Option<Code> {
+        check(request).err().map(|err| err.code)
+    }
+
+    #[test]
+    fn requests_that_can_not_work_are_told_at_once() {
+        assert_eq!(code(LaunchRequest::default()), None);
+        for (request, expected) in [
+            (
+                LaunchRequest {
+                    cpus: Some(0),
+                    ..Default::default()
+                },
+                Code::InvalidArgument,
+            ),
+            (
+                LaunchRequest {
+                    memory: Some(Size::mib(511)),
+                    ..Default::default()
+                },
+                Code::InvalidSize,
+            ),
+            (
+                LaunchRequest {
+                    disk: Some(Size::mib(1023)),
+                    ..Default::default()
+                },
+                Code::InvalidSize,
+            ),
+            (
+                LaunchRequest {
+                    image: Some("ftp://x/y".into()),
+                    ..Default::default()
+                },
+                Code::InvalidArgument,
+            ),
+            (
+                LaunchRequest {
+                    timezone: Some("../../etc/passwd".into()),
+                    ..Default::default()
+                },
+                Code::InvalidArgument,
+            ),
+            (
+                LaunchRequest {
+                    user_data: Some(pileus_api::Blob(b"a: [".to_vec())),
+                    ..Default::default()
+                },
+                Code::InvalidCloudInit,
+            ),
+        ] {
+            assert_eq!(code(request.clone()), Some(expected), "{request:?}");
+        }
+    }
+
+    #[test]
+    fn random_names_avoid_those_that_are_taken() {
+        let mut taken = Vec::new();
+        for _ in 0..200 {
+            let name = free_name(&taken).unwrap().to_string();
+            assert!(!taken.contains(&name));
+            taken.push(name);
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! The instances in memory: each with its row as it stands in the database and its task. The database
+//! is the truth; a change is committed there first and shown here after.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+
+use pileus_api::{ErrorBody, Event};
+use pileus_base::{Code, Error, Result};
+use pileus_instances::driver::QemuDriver;
+use pileus_instances::machine::{Journal, Machine, Snapshot};
+use uuid::Uuid;
+
+use crate::hub::Hub;
+use crate::state::instances::{InstanceRow, Stage};
+use crate::state::{self, State};
+
+/// One instance.
+pub struct Instance {
+    pub id: Uuid,
+    row: RwLock<InstanceRow>,
+    /// Held while a change travels to the database, so that changes don't overtake each other.
+    writing: tokio::sync::Mutex<()>,
+    machine: OnceLock<Result<Machine<QemuDriver>, ErrorBody>>,
+    state: State,
+    hub: Hub,
+}
+
+impl Instance {
+    pub fn new(row: InstanceRow, state: State, hub: Hub) -> Arc<Self> {
+        Arc::new(Self {
+            id: row.id,
+            row: RwLock::new(row),
+            writing: tokio::sync::Mutex::new(()),
+            machine: OnceLock::new(),
+            state,
+            hub,
+        })
+    }
+
+    pub fn row(&self) -> InstanceRow {
+        self.row
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// The instance's task; there is none while its disk is being made.
+    pub fn machine(&self) -> Result<&Machine<QemuDriver>> {
+        match self.machine.get() {
+            Some(Ok(machine)) => Ok(machine),
+            Some(Err(trouble)) => Err(trouble.clone().into()),
+            None => Err(Error::new(
+                Code::WrongState,
+                format!("instance \"{}\" is being prepared", self.row().name),
+            )
+            .advise("Wait until its launch has ended.")),
+        }
+    }
+
+    pub fn set_machine(&self, machine: Machine<QemuDriver>) {
+        // There is one launch and one recovery; a second task would be a second owner.
+        if self.machine.set(Ok(machine)).is_err() {
+            tracing::error!(instance = %self.id, "has a task already");
+        }
+    }
+
+    /// Says why the instance can't have a task: nothing but deleting it is possible.
+    pub fn set_trouble(&self, trouble: ErrorBody) {
+        if self.machine.set(Err(trouble)).is_err() {
+            tracing::error!(instance = %self.id, "has a task already");
+        }
+    }
+
+    /// What its task knows, if there is one.
+    pub fn snapshot(&self) -> Option<Snapshot> {
+        self.machine.get()?.as_ref().ok().map(Machine::snapshot)
+    }
+
+    /// Changes the row, in the database and then here.
+    pub async fn change(&self, change: impl FnOnce(&mut InstanceRow)) -> Result<InstanceRow> {
+        let _turn = self.writing.lock().await;
+        let before = self.row();
+        let mut row = before.clone();
+        change(&mut row);
+        if row == before {
+            return Ok(row);
+        }
+        let record = row.clone();
+        self.state
+            .run(move |tx| state::instances::update(tx, &record))
+            .await?;
+        *self.row.write().unwrap_or_else(PoisonError::into_inner) = row.clone();
+        if (row.stage, row.deleted) != (before.stage, before.deleted) {
+            self.tell(&row);
+        }
+        Ok(row)
+    }
+
+    fn tell(&self, row: &InstanceRow) {
+        if let Stage::Is(state) = row.stage {
+            self.hub.send(Event::Instance {
+                id: row.id,
+                name: row.name.clone(),
+                state,
+                deleted: row.deleted,
+            });
+        }
+    }
+}
+
+/// The journal of an instance's task: the row. Holds the instance weakly, because the instance holds
+/// the task.
+pub struct RowJournal(pub std::sync::Weak<Instance>);
+
+impl Journal for RowJournal {
+    fn save<'a>(
+        &'a self,
+        snapshot: &'a Snapshot,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
+        Box::pin(async move {
+            let Some(instance) = self.0.upgrade() else {
+                return Ok(());
+            };
+            instance
+                .change(|row| {
+                    if row.stage != Stage::Purging {
+                        row.stage = Stage::Is(snapshot.state);
+                    }
+                    row.process = snapshot.process;
+                    row.started_at = snapshot.started_at;
+                    row.spec.firmware_boot = snapshot.firmware_boot;
+                    row.history.phases.clone_from(&snapshot.phases);
+                    row.history.last_error.clone_from(&snapshot.last_error);
+                    // What cloud-init said is kept beyond the run that it said it in.
+                    if snapshot.cloud_init.is_some() {
+                        row.history.cloud_init.clone_from(&snapshot.cloud_init);
+                    }
+                })
+                .await
+                .map(drop)
+        })
+    }
+}
+
+/// All instances, by name in lower case: names that differ in case only would be one DNS name.
+#[derive(Default)]
+pub struct Registry {
+    instances: Mutex<BTreeMap<String, Arc<Instance>>>,
+}
+
+impl Registry {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Arc<Instance>>> {
+        self.instances
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn add(&self, instance: Arc<Instance>) {
+        let name = instance.row().name.as_str().to_ascii_lowercase();
+        self.lock().insert(name, instance);
+    }
+
+    pub fn remove(&self, id: Uuid) {
+        self.lock().retain(|_, instance| instance.id != id);
+    }
+
+    pub fn all(&self) -> Vec<Arc<Instance>> {
+        self.lock().values().cloned().collect()
+    }
+
+    pub fn get(&self, name: &str) -> Result<Arc<Instance>> {
+        let found = self.lock().get(&name.to_ascii_lowercase()).cloned();
+        found
+            .filter(|instance| instance.row().stage != Stage::Purging)
+            .ok_or_else(|| {
+                Error::new(
+                    Code::InstanceNotFound,
+                    format!("instance \"{name}\" does not exist"),
+                )
+            })
+    }
+
+    /// The instance, unless it is in the trash.
+    pub fn get_usable(&self, name: &str) -> Result<Arc<Instance>> {
+        let instance = self.get(name)?;
+        if instance.row().deleted {
+            return Err(Error::new(
+                Code::InstanceDeleted,
+                format!("instance \"{name}\" is deleted"),
+            )
+            .advise(format!(
+                "`pileus recover {name}` brings it back, `pileus purge` ends it."
+            )));
+        }
+        Ok(instance)
+    }
+
+    /// Whether any VM runs.
+    pub fn any_running(&self) -> bool {
+        self.all()
+            .iter()
+            .any(|instance| instance.row().process.is_some())
+    }
+}

@@ -1,0 +1,170 @@
+//! What an instance's driver needs of the host: the hypervisor, a tap, the rights that its QEMU keeps.
+
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use pileus_base::{Error, Layout, Result};
+use pileus_images::Image;
+use pileus_instances::driver::{DirectBoot, Host, Setup, Wiring};
+use pileus_instances::qemu::host::{KvmFacts, choose};
+use pileus_instances::qemu::{Accelerator, AcceleratorChoice, Confinement, Qemu};
+use pileus_networks::{Network, Nic};
+use tokio::sync::Mutex;
+
+use super::Mode;
+use crate::state::instances::InstanceRow;
+
+/// The first of the user ids that QEMUs run as, one an instance. No entry in /etc/passwd is needed;
+/// systemd's documentation keeps this range free of containers and services.
+const FIRST_UID: u32 = 0x7000_0000;
+/// The same inside a user's namespace, which has 65536 ids.
+const FIRST_UID_INSIDE: u32 = 40_000;
+const MOST_INSIDE: u32 = 20_000;
+
+/// Finds QEMU when it is first needed, and again until it is there: installing it needs no restart.
+pub struct Finder {
+    pub program: Option<PathBuf>,
+    pub search: OsString,
+    pub choice: AcceleratorChoice,
+    found: Mutex<Option<Arc<Host>>>,
+}
+
+impl Finder {
+    pub fn new(program: Option<PathBuf>, search: OsString, choice: AcceleratorChoice) -> Self {
+        Self {
+            program,
+            search,
+            choice,
+            found: Mutex::new(None),
+        }
+    }
+
+    pub async fn get(&self) -> Result<Arc<Host>> {
+        let mut found = self.found.lock().await;
+        if let Some(host) = &*found {
+            return Ok(host.clone());
+        }
+        let qemu = Qemu::find(self.program.as_deref(), &self.search).await?;
+        let chosen = choose(self.choice, &KvmFacts::of_host())?;
+        let host = Arc::new(Host {
+            qemu,
+            accelerator: chosen.accelerator,
+            warning: chosen.warning,
+        });
+        *found = Some(host.clone());
+        Ok(host)
+    }
+}
+
+/// The instance's place in the network.
+pub fn nic(row: &InstanceRow) -> Result<Nic> {
+    Ok(Nic {
+        ifname: format!("pil{}", row.slot),
+        mac: row.mac.parse()?,
+        address: row.address,
+        hostname: row.name.clone(),
+    })
+}
+
+/// What a start of the instance needs.
+pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Result<Setup> {
+    let direct_boot = match (image.kernel(), image.cmdline()) {
+        (Some(kernel), Some(cmdline)) => Some(DirectBoot {
+            kernel,
+            initrd: image.initrd(),
+            cmdline: cmdline.to_owned(),
+        }),
+        _ => None,
+    };
+    Ok(Setup {
+        name: row.name.clone(),
+        id: row.id,
+        cpus: row.spec.cpus,
+        memory: row.spec.memory,
+        machine_type: row.spec.machine_type.clone(),
+        base: image.disk(),
+        direct_boot,
+        folder: layout.instance(row.id),
+        run: layout.instance_run(row.id),
+        mac: row.mac.parse()?,
+        address: row.address,
+    })
+}
+
+/// One instance's wiring.
+pub struct HostWiring {
+    pub service: super::Service,
+    pub nic: Nic,
+    pub slot: u32,
+    /// Keeps the image in the store while the instance's task lives.
+    pub _image: Arc<Image>,
+}
+
+type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+impl HostWiring {
+    fn network(&self) -> &Network {
+        &self.service.parts().network
+    }
+}
+
+impl Wiring for HostWiring {
+    fn host(&self) -> Later<'_, Result<Arc<Host>>> {
+        Box::pin(self.service.parts().hypervisor.get())
+    }
+
+    fn plug(&self) -> Later<'_, Result<OwnedFd>> {
+        Box::pin(async { self.network().attach(&self.nic).await })
+    }
+
+    fn unplug(&self) -> Later<'_, ()> {
+        Box::pin(async {
+            if let Err(err) = self.network().detach(&self.nic) {
+                tracing::warn!(instance = %self.nic.hostname, %err, "its network entry can't be removed");
+            }
+        })
+    }
+
+    fn confinement(&self, accelerator: Accelerator) -> Option<Confinement> {
+        let first = match &self.service.parts().mode {
+            Mode::System => FIRST_UID,
+            Mode::User(entered) if entered.full_uid_map && self.slot < MOST_INSIDE => {
+                FIRST_UID_INSIDE
+            }
+            // Only the user's own id exists: QEMU stays what the user is.
+            Mode::User(_) => return None,
+        };
+        let uid = first + self.slot;
+        let groups = match accelerator {
+            Accelerator::Kvm => kvm_group().into_iter().collect(),
+            Accelerator::Tcg => Vec::new(),
+        };
+        Some(Confinement {
+            uid,
+            gid: uid,
+            groups,
+        })
+    }
+}
+
+fn kvm_group() -> Option<u32> {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata("/dev/kvm").ok().map(|meta| meta.gid())
+}
+
+/// A MAC address in QEMU's range that nobody else has.
+pub fn random_mac() -> String {
+    let bytes = uuid::Uuid::new_v4().into_bytes();
+    format!(
+        "52:54:00:{:02x}:{:02x}:{:02x}",
+        bytes[0], bytes[1], bytes[2]
+    )
+}
+
+/// For errors that only a bug can cause.
+pub fn no_image(row: &InstanceRow) -> Error {
+    Error::internal(format!("The record of '{}' names no image", row.name))
+}

@@ -1,0 +1,327 @@
+//! Table `instances`: what each instance is made of, where its process is, and how its last start
+//! went. A row that can't be read hurts that one instance: it is listed as broken, never dropped.
+
+use std::net::Ipv4Addr;
+
+use pileus_api::{CloudInit, ErrorBody, InstanceImage, InstanceState, PhaseTime, Timestamp};
+use pileus_base::process::ProcessId;
+use pileus_base::{Code, Error, InstanceName, Result, Size};
+use rusqlite::{OptionalExtension, Row, Transaction, params};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::database;
+
+/// What the machine is made of; changes only by request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Spec {
+    pub cpus: u32,
+    pub memory: Size,
+    /// The guest's disk; 0 until the image is known, if the user didn't say.
+    pub disk: Size,
+    /// Known once the image is in the store.
+    pub image: Option<InstanceImage>,
+    /// Versioned machine type, so that a later QEMU keeps the same hardware.
+    pub machine_type: Option<String>,
+    /// The guest chooses its own kernel.
+    #[serde(default)]
+    pub firmware_boot: bool,
+}
+
+/// How the last start went.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct History {
+    #[serde(default)]
+    pub phases: Vec<PhaseTime>,
+    #[serde(default)]
+    pub cloud_init: Option<CloudInit>,
+    #[serde(default)]
+    pub last_error: Option<ErrorBody>,
+}
+
+/// A life stage as the table knows it: the API's states, and the intent to purge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    Is(InstanceState),
+    Purging,
+}
+
+impl Stage {
+    fn as_str(self) -> &'static str {
+        match self {
+            Stage::Is(state) => state.as_str(),
+            Stage::Purging => "purging",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        if text == "purging" {
+            return Some(Stage::Purging);
+        }
+        InstanceState::ALL
+            .into_iter()
+            .find(|state| state.as_str() == text)
+            .map(Stage::Is)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct InstanceRow {
+    pub id: Uuid,
+    pub name: InstanceName,
+    pub address: Ipv4Addr,
+    pub mac: String,
+    /// A small number of its own: names the tap and the user that its QEMU runs as.
+    pub slot: u32,
+    pub stage: Stage,
+    pub deleted: bool,
+    pub created_at: Timestamp,
+    pub started_at: Option<Timestamp>,
+    pub spec: Spec,
+    pub process: Option<ProcessId>,
+    pub history: History,
+}
+
+/// A row that can't be understood.
+#[derive(Debug, Clone)]
+pub struct BrokenRow {
+    pub id: String,
+    pub name: String,
+    pub why: String,
+}
+
+const COLUMNS: &str = "id, name, address, mac, slot, state, deleted, created_at, started_at, spec, \
+                       process, history";
+
+/// Adds a new instance; its name, address, MAC and slot must be free.
+pub fn insert(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
+    let taken: Option<String> = tx
+        .query_row(
+            "SELECT name FROM instances WHERE name = ?1 COLLATE NOCASE",
+            [row.name.as_str()],
+            |found| found.get(0),
+        )
+        .optional()
+        .map_err(|err| database("Reading", err))?;
+    if let Some(taken) = taken {
+        return Err(Error::new(
+            Code::InstanceExists,
+            format!("instance \"{taken}\" already exists"),
+        )
+        .advise(
+            "Choose another name with --name, or delete that one with `pileus delete --purge`.",
+        ));
+    }
+    tx.execute(
+        &format!(
+            "INSERT INTO instances ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12)"
+        ),
+        params![
+            row.id.to_string(),
+            row.name.as_str(),
+            row.address.to_string(),
+            row.mac,
+            row.slot,
+            row.stage.as_str(),
+            row.deleted,
+            row.created_at.to_string(),
+            row.started_at.map(|t| t.to_string()),
+            json(&row.spec)?,
+            row.process.map(|p| json(&p)).transpose()?,
+            json(&row.history)?,
+        ],
+    )
+    .map_err(|err| database("Writing", err))?;
+    Ok(())
+}
+
+/// Replaces what may change of an instance.
+pub fn update(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
+    tx.execute(
+        "UPDATE instances SET name = ?2, state = ?3, deleted = ?4, started_at = ?5, spec = ?6,
+         process = ?7, history = ?8 WHERE id = ?1",
+        params![
+            row.id.to_string(),
+            row.name.as_str(),
+            row.stage.as_str(),
+            row.deleted,
+            row.started_at.map(|t| t.to_string()),
+            json(&row.spec)?,
+            row.process.map(|p| json(&p)).transpose()?,
+            json(&row.history)?,
+        ],
+    )
+    .map_err(|err| database("Writing", err))?;
+    Ok(())
+}
+
+pub fn remove(tx: &Transaction<'_>, id: Uuid) -> Result<()> {
+    tx.execute("DELETE FROM instances WHERE id = ?1", [id.to_string()])
+        .map_err(|err| database("Writing", err))?;
+    Ok(())
+}
+
+/// All instances by name, and the rows that can't be understood.
+pub fn all(tx: &Transaction<'_>) -> Result<(Vec<InstanceRow>, Vec<BrokenRow>)> {
+    let failed = |err| database("Reading", err);
+    let mut statement = tx
+        .prepare_cached(&format!("SELECT {COLUMNS} FROM instances ORDER BY name"))
+        .map_err(failed)?;
+    let mut rows = statement.query([]).map_err(failed)?;
+    let (mut good, mut broken) = (Vec::new(), Vec::new());
+    while let Some(row) = rows.next().map_err(failed)? {
+        match parse(row) {
+            Ok(row) => good.push(row),
+            Err(why) => broken.push(BrokenRow {
+                id: row.get(0).unwrap_or_default(),
+                name: row.get(1).unwrap_or_default(),
+                why,
+            }),
+        }
+    }
+    Ok((good, broken))
+}
+
+/// What new instances must keep clear of, broken rows included.
+pub struct Taken {
+    pub names: Vec<String>,
+    pub addresses: Vec<Ipv4Addr>,
+    pub slots: Vec<u32>,
+}
+
+pub fn taken(tx: &Transaction<'_>) -> Result<Taken> {
+    let failed = |err| database("Reading", err);
+    let mut statement = tx
+        .prepare_cached("SELECT name, address, slot FROM instances")
+        .map_err(failed)?;
+    let mut rows = statement.query([]).map_err(failed)?;
+    let mut taken = Taken {
+        names: Vec::new(),
+        addresses: Vec::new(),
+        slots: Vec::new(),
+    };
+    while let Some(row) = rows.next().map_err(failed)? {
+        taken.names.extend(row.get::<_, String>(0).ok());
+        let address: Option<String> = row.get(1).ok();
+        taken
+            .addresses
+            .extend(address.and_then(|a| a.parse::<Ipv4Addr>().ok()));
+        taken.slots.extend(row.get::<_, u32>(2).ok());
+    }
+    Ok(taken)
+}
+
+fn parse(row: &Row<'_>) -> Result<InstanceRow, String> {
+    fn text(row: &Row<'_>, column: &str) -> Result<String, String> {
+        row.get(column).map_err(|err| format!("{column}: {err}"))
+    }
+    fn optional(row: &Row<'_>, column: &str) -> Result<Option<String>, String> {
+        row.get(column).map_err(|err| format!("{column}: {err}"))
+    }
+    fn read<T: std::str::FromStr>(column: &str, text: &str) -> Result<T, String> {
+        text.parse()
+            .map_err(|_| format!("{column}: {text:?} can't be understood"))
+    }
+    fn read_json<T: serde::de::DeserializeOwned>(column: &str, text: &str) -> Result<T, String> {
+        serde_json::from_str(text).map_err(|err| format!("{column}: {err}"))
+    }
+    let state = text(row, "state")?;
+    Ok(InstanceRow {
+        id: read("id", &text(row, "id")?)?,
+        name: read("name", &text(row, "name")?)?,
+        address: read("address", &text(row, "address")?)?,
+        mac: text(row, "mac")?,
+        slot: row.get("slot").map_err(|err| format!("slot: {err}"))?,
+        stage: Stage::parse(&state).ok_or_else(|| format!("state: {state:?} is unknown"))?,
+        deleted: row
+            .get("deleted")
+            .map_err(|err| format!("deleted: {err}"))?,
+        created_at: read("created_at", &text(row, "created_at")?)?,
+        started_at: optional(row, "started_at")?
+            .map(|t| read("started_at", &t))
+            .transpose()?,
+        spec: read_json("spec", &text(row, "spec")?)?,
+        process: optional(row, "process")?
+            .map(|p| read_json("process", &p))
+            .transpose()?,
+        history: read_json("history", &text(row, "history")?)?,
+    })
+}
+
+fn json<T: Serialize>(value: &T) -> Result<String> {
+    serde_json::to_string(value)
+        .map_err(|err| Error::internal(format!("Writing a record as JSON: {err}")))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::state::State;
+
+    pub(crate) fn row(name: &str, slot: u32) -> InstanceRow {
+        InstanceRow {
+            id: Uuid::new_v4(),
+            name: name.parse().unwrap(),
+            address: Ipv4Addr::from(0x0a00_0002 + slot),
+            mac: format!("52:54:00:00:00:{slot:02x}"),
+            slot,
+            stage: Stage::Is(InstanceState::Stopped),
+            deleted: false,
+            created_at: Timestamp::UNIX_EPOCH,
+            started_at: None,
+            spec: Spec {
+                cpus: 1,
+                memory: Size::gib(1),
+                disk: Size::gib(5),
+                image: None,
+                machine_type: None,
+                firmware_boot: false,
+            },
+            process: None,
+            history: History::default(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_row_round_trips_and_names_are_taken_in_any_case() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::open(&dir.path().join("a.db")).unwrap();
+        let mut one = row("foo", 1);
+        let inserted = one.clone();
+        state.run(move |tx| insert(tx, &inserted)).await.unwrap();
+        one.stage = Stage::Purging;
+        one.process = ProcessId::of(1);
+        one.started_at = Some(Timestamp::UNIX_EPOCH);
+        let updated = one.clone();
+        state.run(move |tx| update(tx, &updated)).await.unwrap();
+        let (rows, broken) = state.run(|tx| all(tx)).await.unwrap();
+        assert_eq!(rows, [one]);
+        assert!(broken.is_empty());
+        let clash = row("FOO", 2);
+        let err = state.run(move |tx| insert(tx, &clash)).await.unwrap_err();
+        assert_eq!(err.code, Code::InstanceExists);
+    }
+
+    #[tokio::test]
+    async fn a_row_that_can_not_be_read_hurts_only_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::open(&dir.path().join("a.db")).unwrap();
+        state
+            .run(|tx| {
+                insert(tx, &row("good", 1))?;
+                insert(tx, &row("bad", 2))?;
+                tx.execute("UPDATE instances SET spec = '{' WHERE name = 'bad'", [])
+                    .map_err(|err| database("Writing", err))?;
+                Ok(())
+            })
+            .await
+            .unwrap();
+        let (rows, broken) = state.run(|tx| all(tx)).await.unwrap();
+        assert_eq!(rows.len(), 1);
+        assert_eq!(broken.len(), 1);
+        assert_eq!(broken[0].name, "bad");
+        // Its name, address and slot stay its own.
+        let taken = state.run(|tx| taken(tx)).await.unwrap();
+        assert_eq!(taken.slots.len(), 2);
+    }
+}
