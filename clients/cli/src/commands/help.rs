@@ -22,10 +22,10 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
                 .hint("pileus help lists the commands.")
         })?;
     }
-    let help = command.render_long_help();
+    let help = command.render_help();
     if context.env.terminals.stdout {
         // Colours as the terminal and NO_COLOR allow.
-        let _ = command.print_long_help();
+        let _ = command.print_help();
         return Ok(0);
     }
     context.print(&help.to_string())
