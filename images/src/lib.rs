@@ -1,1 +1,36 @@
-//! (being written)
+//! The image store: from a name, a URL or a file to an immutable, verified, digest-named base disk,
+//! and from that to a thin overlay. Useful on its own; the daemon is one of its users.
+//!
+//! The way of an image, in the order of the modules:
+//!
+//! ```text
+//! reference  what the user wrote            `debian`, `build:debian-13`, `file:///x`, `https://…`
+//! hosts      → one item that can be got     which host knows the name, and how to get it
+//! obtain     one piece of work an item      many callers wait for the same fetch or build
+//! fetch      → bytes in the stage, hashed   download (resume, retry) or copy; hosts/build makes one
+//! format     → a raw, sparse disk           magic bytes, decompression, the qcow2 check, qemu-img
+//! store      → root/HEX/                    published by one rename, listed, pinned, pruned
+//! overlay    → an instance's own disk       a thin qcow2 on top; nothing is ever copied
+//! ```
+//!
+//! Next step on the way of the data: `instances/` (a machine that boots from an overlay).
+
+pub mod fetch;
+pub mod format;
+pub mod hosts;
+mod image;
+mod obtain;
+pub mod overlay;
+pub mod qcow2;
+mod reference;
+mod sources;
+mod sparse;
+mod stage;
+mod store;
+mod tool;
+
+pub use fetch::Patience;
+pub use hosts::{About, CatalogEntry, Host, Item, Origin};
+pub use image::{Image, ImageInfo};
+pub use reference::ImageRef;
+pub use store::{Limits, Listed, Removed, Store, StoreConfig, Tools};

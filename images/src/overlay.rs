@@ -1,0 +1,51 @@
+//! An instance's own disk: a thin qcow2 file on top of a base that is never written. Nothing is
+//! copied, so it is made in milliseconds whatever the image's size.
+//!
+//! The base's path is recorded for people and for qemu-img; QEMU is given explicit nodes and must
+//! not follow it.
+
+use std::path::Path;
+
+use imago::file::File;
+use imago::qcow2::Qcow2;
+use imago::{FormatCreateBuilder, Storage, StorageCreateOptions};
+use pileus_base::{Code, Error, Result, ResultExt, Size, files};
+
+/// The guest's sectors; a disk ends with a whole one.
+const SECTOR: u64 = 512;
+
+/// Makes the overlay `path` (which must not exist) of `size` bytes, rounded up to whole sectors, on
+/// the raw disk `base`. Blocks for a few milliseconds.
+pub fn create(path: &Path, size: Size, base: &Path) -> Result<()> {
+    let base_size = std::fs::metadata(base)
+        .io(format_args!("Looking at {}", base.display()))?
+        .len();
+    if size.bytes() < base_size {
+        return Err(Error::new(
+            Code::DiskTooSmall,
+            format!(
+                "Requested disk ({} bytes) below minimum for this image ({base_size} bytes)",
+                size.bytes()
+            ),
+        )
+        .advise(format!("Ask for a disk of at least {}.", Size(base_size))));
+    }
+    let name = base.to_str().ok_or_else(|| {
+        Error::new(
+            Code::InvalidArgument,
+            format!("The path {} is not valid UTF-8", base.display()),
+        )
+    })?;
+    let what = format!("Creating {}", path.display());
+    let options = StorageCreateOptions::new().filename(path).overwrite(false);
+    let file = File::create_open(options).io(&what)?;
+    let made = Qcow2::<File>::create_builder(file)
+        .size(size.round_up(SECTOR).bytes())
+        .backing(name.to_owned(), "raw".to_owned())
+        .create()
+        .io(&what);
+    if made.is_err() {
+        files::remove_file(path)?;
+    }
+    made
+}

@@ -1,0 +1,179 @@
+//! Work in progress: one locked folder a piece of work below `stage/`. Dropping it removes it; what a
+//! killed daemon left behind is swept when the store is opened, with the programs that still run.
+
+use std::path::{Path, PathBuf};
+
+use pileus_base::files::{self, Lock};
+use pileus_base::{Error, Result, ResultExt};
+
+use crate::image::Draft;
+use crate::tool;
+
+const LOCK: &str = "lock";
+const IMAGE: &str = "image";
+/// Names a folder outside of the stage that belongs to it (see `hosts/build.rs`).
+const SCRATCH: &str = "scratch";
+
+#[derive(Debug)]
+pub(crate) struct Stage {
+    folder: PathBuf,
+    _lock: Lock,
+}
+
+impl Stage {
+    pub fn create(stages: &Path) -> Result<Self> {
+        let folder = stages.join(uuid::Uuid::new_v4().to_string());
+        // Others may pass through (an unprivileged build's programs have other user ids) but see nothing.
+        files::create_folder(&folder, 0o711)?;
+        let lock = Lock::try_take(&folder.join(LOCK))?
+            .ok_or_else(|| Error::internal("A new stage is locked by another process"))?;
+        files::create_folder(&folder.join(IMAGE), 0o755)?;
+        Ok(Self {
+            folder,
+            _lock: lock,
+        })
+    }
+
+    /// The stage's name, which the programs working in it carry in their environment.
+    pub fn id(&self) -> String {
+        name(&self.folder)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// The image in the making.
+    pub fn draft(&self) -> Draft {
+        Draft {
+            folder: self.folder.join(IMAGE),
+        }
+    }
+
+    /// Makes `folder` a part of this stage, so that a sweep removes it too.
+    pub fn adopt_scratch(&self, folder: &Path) -> Result<()> {
+        let text = folder.as_os_str().as_encoded_bytes();
+        files::write_atomic(&self.path(SCRATCH), text, 0o600)?;
+        files::create_folder(folder, 0o755)
+    }
+
+    /// Moves the sealed draft to `target` in one step. `false` if an image is there already.
+    pub fn publish(&self, target: &Path) -> Result<bool> {
+        files::sync_folder(&self.folder.join(IMAGE))?;
+        match std::fs::rename(self.folder.join(IMAGE), target) {
+            Ok(()) => {}
+            Err(err)
+                if matches!(
+                    err.kind(),
+                    std::io::ErrorKind::DirectoryNotEmpty | std::io::ErrorKind::AlreadyExists
+                ) =>
+            {
+                return Ok(false);
+            }
+            Err(err) => return Err(Error::io("Publishing the image", err)),
+        }
+        if let Some(parent) = target.parent() {
+            files::sync_folder(parent)?;
+        }
+        Ok(true)
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        if let Err(err) = clear(&self.folder) {
+            tracing::warn!(stage = %self.folder.display(), %err, "stage not removed; swept at next start");
+        }
+    }
+}
+
+/// Removes every stage that no living process works in. Returns how many.
+pub(crate) fn sweep(stages: &Path) -> Result<usize> {
+    let mut swept = 0;
+    for entry in std::fs::read_dir(stages).io(format_args!("Reading {}", stages.display()))? {
+        let folder = entry.io("Reading the stage")?.path();
+        let lock = match Lock::try_take(&folder.join(LOCK)) {
+            Ok(None) => continue,
+            Ok(Some(lock)) => Some(lock),
+            // Not a folder, or one without permission: try to remove it all the same.
+            Err(_) => None,
+        };
+        tool::end_leftovers(&name(&folder));
+        match clear(&folder) {
+            Ok(()) => swept += 1,
+            Err(err) => tracing::warn!(stage = %folder.display(), %err, "stage not swept"),
+        }
+        drop(lock);
+    }
+    Ok(swept)
+}
+
+fn clear(folder: &Path) -> Result<()> {
+    if let Ok(bytes) = files::read_bounded(&folder.join(SCRATCH), 4096) {
+        use std::os::unix::ffi::OsStrExt;
+        let scratch = Path::new(std::ffi::OsStr::from_bytes(&bytes));
+        // Only what this program named itself.
+        if name(scratch).starts_with("pileus-build-") && files::remove_folder(scratch).is_err() {
+            tool::remove_as_subordinate(scratch)?;
+        }
+    }
+    if folder.is_dir() {
+        // The lock goes last: until then another sweep stays away.
+        for entry in std::fs::read_dir(folder).io("Reading the stage")?.flatten() {
+            if entry.file_name() != LOCK {
+                let path = entry.path();
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    files::remove_folder(&path)?;
+                } else {
+                    files::remove_file(&path)?;
+                }
+            }
+        }
+        return files::remove_folder(folder);
+    }
+    files::remove_file(folder)
+}
+
+fn name(path: &Path) -> String {
+    path.file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_in_use_stays_and_a_leftover_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let stage = Stage::create(dir.path()).unwrap();
+        let left = dir.path().join("0001");
+        std::fs::create_dir_all(left.join("image")).unwrap();
+        std::fs::write(left.join("image/disk.raw"), "x").unwrap();
+        std::fs::write(left.join(LOCK), "").unwrap();
+        std::fs::write(dir.path().join("stray"), "").unwrap();
+        let scratch = dir.path().join("pileus-build-1");
+        std::fs::create_dir_all(scratch.join("root")).unwrap();
+        std::fs::write(left.join(SCRATCH), scratch.to_str().unwrap()).unwrap();
+        sweep(dir.path()).unwrap();
+        assert!(!left.exists() && !scratch.exists());
+        assert!(stage.draft().folder.exists());
+        let folder = stage.folder.clone();
+        drop(stage);
+        assert!(!folder.exists());
+    }
+
+    #[test]
+    fn a_scratch_folder_with_another_name_is_not_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let precious = dir.path().join("precious");
+        std::fs::create_dir_all(&precious).unwrap();
+        let stages = dir.path().join("stage");
+        let left = stages.join("0001");
+        std::fs::create_dir_all(&left).unwrap();
+        std::fs::write(left.join(SCRATCH), precious.to_str().unwrap()).unwrap();
+        sweep(&stages).unwrap();
+        assert!(precious.exists() && !left.exists());
+    }
+}

@@ -1,0 +1,10 @@
+//! Tests of the store as a whole, on real files, real tools and a real HTTP server on loopback.
+
+mod build;
+mod crash;
+mod download;
+mod formats;
+mod overlay;
+mod server;
+mod store;
+mod support;

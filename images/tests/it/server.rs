@@ -1,0 +1,177 @@
+//! A fake image host on loopback: one artifact, answers that can go wrong in order, and a record of
+//! what was asked.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, Response, StatusCode, header};
+use axum::routing::get;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use pileus_images::ImageRef;
+
+/// How one request is answered; once the list is used up, all are answered well.
+#[derive(Debug, Clone)]
+pub enum Answer {
+    Status(u16),
+    /// 429 with Retry-After in seconds.
+    Later(u64),
+    /// As it should be, but the connection is cut after so many bytes of the body.
+    CutAfter(usize),
+    /// The whole, whatever range was asked for.
+    NoRange,
+    /// The body never comes.
+    Hang,
+    /// A redirect to the same artifact.
+    Redirect,
+}
+
+#[derive(Debug, Default)]
+pub struct Script {
+    pub bytes: Bytes,
+    pub etag: Option<String>,
+    pub answers: VecDeque<Answer>,
+    /// The headers of each request.
+    pub requests: Vec<HeaderMap>,
+}
+
+pub struct Server {
+    pub script: Arc<Mutex<Script>>,
+    address: std::net::SocketAddr,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Server {
+    pub async fn start(bytes: Vec<u8>, answers: impl IntoIterator<Item = Answer>) -> Self {
+        let script = Arc::new(Mutex::new(Script {
+            bytes: bytes.into(),
+            etag: Some("\"one\"".into()),
+            answers: answers.into_iter().collect(),
+            requests: Vec::new(),
+        }));
+        let app = axum::Router::new()
+            .route("/{*path}", get(answer))
+            .with_state(script.clone());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        Self {
+            script,
+            address,
+            task,
+        }
+    }
+
+    pub fn reference(&self) -> ImageRef {
+        self.url().parse().unwrap()
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}/disk.img", self.address)
+    }
+
+    pub fn requests(&self) -> usize {
+        self.script.lock().unwrap().requests.len()
+    }
+
+    /// The header of each request, `-` where it is missing.
+    pub fn header(&self, name: &str) -> Vec<String> {
+        let script = self.script.lock().unwrap();
+        let value = |headers: &HeaderMap| {
+            headers
+                .get(name)
+                .map_or("-".into(), |v| v.to_str().unwrap().to_owned())
+        };
+        script.requests.iter().map(value).collect()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn answer(State(script): State<Arc<Mutex<Script>>>, headers: HeaderMap) -> Response<Body> {
+    let (bytes, etag, answer) = {
+        let mut script = script.lock().unwrap();
+        script.requests.push(headers.clone());
+        let answer = script.answers.pop_front();
+        (script.bytes.clone(), script.etag.clone(), answer)
+    };
+    let mut response = Response::builder();
+    if let Some(etag) = &etag {
+        response = response.header(header::ETAG, etag);
+    }
+    let current =
+        |name| etag.is_some() && headers.get(name).and_then(|v| v.to_str().ok()) == etag.as_deref();
+    let mut cut = None;
+    let mut ranged = true;
+    match answer {
+        Some(Answer::Status(status)) => {
+            return response.status(status).body(Body::from("no")).unwrap();
+        }
+        Some(Answer::Later(seconds)) => {
+            return response
+                .status(429)
+                .header(header::RETRY_AFTER, seconds)
+                .body(Body::empty())
+                .unwrap();
+        }
+        Some(Answer::Redirect) => {
+            return response
+                .status(302)
+                .header(header::LOCATION, "/other/disk.img")
+                .body(Body::empty())
+                .unwrap();
+        }
+        Some(Answer::Hang) => {
+            return response
+                .header(header::CONTENT_LENGTH, bytes.len())
+                .body(Body::from_stream(futures_util::stream::pending::<
+                    Result<Bytes, std::io::Error>,
+                >()))
+                .unwrap();
+        }
+        Some(Answer::CutAfter(n)) => cut = Some(n),
+        Some(Answer::NoRange) => ranged = false,
+        None => {}
+    }
+    if current(header::IF_NONE_MATCH) {
+        return response
+            .status(StatusCode::NOT_MODIFIED)
+            .body(Body::empty())
+            .unwrap();
+    }
+    let range = headers.get(header::RANGE).and_then(|value| {
+        value
+            .to_str()
+            .ok()?
+            .strip_prefix("bytes=")?
+            .strip_suffix('-')?
+            .parse::<usize>()
+            .ok()
+    });
+    let fresh = !headers.contains_key(header::IF_RANGE) || current(header::IF_RANGE);
+    let begin = range.filter(|begin| ranged && fresh && *begin < bytes.len());
+    if let Some(begin) = begin {
+        response = response.status(206).header(
+            header::CONTENT_RANGE,
+            format!("bytes {begin}-{}/{}", bytes.len() - 1, bytes.len()),
+        );
+    }
+    let body = bytes.slice(begin.unwrap_or(0)..);
+    response = response.header(header::CONTENT_LENGTH, body.len());
+    let Some(n) = cut else {
+        return response.body(Body::from(body)).unwrap();
+    };
+    // Bytes that arrive, a moment for them to do so, and a broken connection.
+    let head = futures_util::stream::once(async move { Ok(body.slice(..n)) });
+    let end = futures_util::stream::once(async {
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        Err(std::io::Error::other("cut"))
+    });
+    response.body(Body::from_stream(head.chain(end))).unwrap()
+}
