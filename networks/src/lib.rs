@@ -358,7 +358,7 @@ impl Network {
     }
 
     /// Takes everything down: for a daemon that ends while no instance runs.
-    pub async fn stop(self) -> Result<()> {
+    pub async fn stop(&self) -> Result<()> {
         // Each step even if one before it failed; the first failure is told.
         let dnsmasq = self.server.stop().await;
         let rules = firewall::remove(&self.bridge).await;
