@@ -22,7 +22,7 @@ use crate::progress::Progress;
 /// Bound on a daemon's start, until it answers.
 const START: Duration = Duration::from_secs(15);
 /// How long another client's daemon may still take after our own has given way to it.
-const OTHER: Duration = Duration::from_secs(5);
+const OTHER: Duration = Duration::from_secs(3);
 
 pub(crate) async fn connect(place: &Place, env: &Environment) -> Result<Client, CommandError> {
     let client = Client::new(&place.socket)?;

@@ -63,7 +63,7 @@ fn launch_prints_the_name_and_nothing_else() {
         .unwrap();
     let data = b"#cloud-config\n\xff\x00";
     child.stdin.take().unwrap().write_all(data).unwrap();
-    let ran = Ran::of(child.wait_with_output().unwrap());
+    let ran = Ran::of(&child.wait_with_output().unwrap());
     assert_eq!(ran, Ran::ok("Launched: web\n"));
     let script = daemon.script.lock().unwrap();
     let request = &script.launches[1];
@@ -122,7 +122,7 @@ fn ctrl_c_cancels_a_launch() {
             .any(|c| c.ends_with("/events"))
     });
     kill(&child, rustix::process::Signal::INT);
-    let ran = Ran::of(child.wait_with_output().unwrap());
+    let ran = Ran::of(&child.wait_with_output().unwrap());
     assert_eq!((ran.code, ran.out.as_str()), (130, ""));
     assert!(
         ran.err.contains("launch failed: The launch was cancelled"),
@@ -310,7 +310,7 @@ fn names_are_completed_by_the_daemon_and_silence_is_no_error() {
             .env("PILEUS_SOCKET", socket)
             .output()
             .unwrap();
-        Ran::of(output)
+        Ran::of(&output)
     };
     let ran = complete(daemon.socket().to_str().unwrap());
     assert_eq!((ran.code, ran.out.trim()), (0, "foo"), "{}", ran.err);

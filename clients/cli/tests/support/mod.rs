@@ -106,7 +106,7 @@ impl Daemon {
     }
 
     pub fn run(&self, line: &str) -> Ran {
-        Ran::of(self.command(line).output().unwrap())
+        Ran::of(&self.command(line).output().unwrap())
     }
 
     pub fn calls(&self) -> Vec<String> {
@@ -123,7 +123,7 @@ pub struct Ran {
 }
 
 impl Ran {
-    pub fn of(output: Output) -> Self {
+    pub fn of(output: &Output) -> Self {
         use std::os::unix::process::ExitStatusExt;
         let signal = output.status.signal().map(|signal| -signal);
         Self {
