@@ -519,8 +519,9 @@ Subsystem sftp internal-sftp
 class Ssh:
     """One `sshd -i` at a time on one ssh port."""
 
-    def __init__(self, paths, name, tell):
+    def __init__(self, paths, name, tell, extra=()):
         self.paths = paths
+        self.extra = extra
         self.tell = tell
         self.port = Port(paths, name)
         self.child = None
@@ -530,7 +531,9 @@ class Ssh:
         path = os.path.join(self.paths.etc, "sshd_config")
         motd = "no" if "pam_motd" in read_text("/etc/pam.d/sshd") else "yes"
         pam = "yes" if os.geteuid() == 0 and os.path.exists("/etc/pam.d/sshd") else "no"
-        text = SSHD_CONFIG.format(etc=self.paths.etc, motd=motd, pam=pam)
+        # The first value of an option counts.
+        text = "".join(str(line) + "\n" for line in self.extra)
+        text += SSHD_CONFIG.format(etc=self.paths.etc, motd=motd, pam=pam)
         if read_text(path) != text:
             write_file(path, text, 0o600)
         return path
@@ -607,6 +610,8 @@ class Ssh:
             child.kill()
         self.child = child
         code = child.wait()
+        if turn == self.turn:
+            self.port.gone()
         self.tell({"type": "ssh", "state": "closed", "nonce": nonce, "exit": code})
 
 
@@ -741,7 +746,7 @@ class Agent:
         if not SSH_PORT.match(name):
             raise RuntimeError("not an ssh port")
         if name not in self.ssh:
-            self.ssh[name] = Ssh(self.paths, name, self.send)
+            self.ssh[name] = Ssh(self.paths, name, self.send, self.settings.get("sshd", ()))
         return self.ssh[name]
 
     def login_user(self, wait):

@@ -22,7 +22,7 @@ use pileus_base::{Code, Error, Result};
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -45,6 +45,7 @@ pub struct AgentLink {
     hello: watch::Receiver<Option<Hello>>,
     cloud_init: watch::Receiver<CloudInit>,
     report: watch::Receiver<Option<Report>>,
+    ssh_ends: broadcast::Sender<String>,
     outgoing: mpsc::Sender<Vec<u8>>,
     pending: Pending,
     next: Arc<AtomicU64>,
@@ -60,6 +61,7 @@ impl AgentLink {
         let (hello_in, hello) = watch::channel(None);
         let (cloud_init_in, cloud_init) = watch::channel(CloudInit::default());
         let (report_in, report) = watch::channel(None);
+        let (ssh_ends, _) = broadcast::channel(16);
         let (outgoing, requests) = mpsc::channel(MAX_PENDING);
         let pending = Pending::default();
         let task = Task {
@@ -67,6 +69,7 @@ impl AgentLink {
             hello: hello_in,
             cloud_init: cloud_init_in,
             report: report_in,
+            ssh_ends: ssh_ends.clone(),
             requests,
             pending: Arc::clone(&pending),
         };
@@ -79,6 +82,7 @@ impl AgentLink {
             hello,
             cloud_init,
             report,
+            ssh_ends,
             outgoing,
             pending,
             next: Arc::new(AtomicU64::new(1)),
@@ -103,6 +107,11 @@ impl AgentLink {
     /// The last report: at the agent's start, when cloud-init ends, when an address changes, on request.
     pub fn report(&self) -> watch::Receiver<Option<Report>> {
         self.report.clone()
+    }
+
+    /// The nonces of SSH connections whose `sshd` ended; a port itself shows no such end.
+    pub fn ssh_ends(&self) -> broadcast::Receiver<String> {
+        self.ssh_ends.subscribe()
     }
 
     /// Completes with the agent's first sign of life. The caller sets the bound.
@@ -214,6 +223,7 @@ struct Task {
     hello: watch::Sender<Option<Hello>>,
     cloud_init: watch::Sender<CloudInit>,
     report: watch::Sender<Option<Report>>,
+    ssh_ends: broadcast::Sender<String>,
     requests: mpsc::Receiver<Vec<u8>>,
     pending: Pending,
 }
@@ -309,7 +319,10 @@ impl Task {
                 };
                 let _ = waiting.send(answer);
             }
-            Some(Message::Ssh(end)) => tracing::debug!(?end, "sshd of the guest ended"),
+            Some(Message::Ssh(end)) => {
+                tracing::debug!(?end, "sshd of the guest ended");
+                let _ = self.ssh_ends.send(end.nonce);
+            }
             None => tracing::trace!(bytes = line.len(), "line of the agent not understood"),
         }
     }

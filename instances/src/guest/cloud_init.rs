@@ -373,11 +373,11 @@ fn split_head(text: &str, first_line: u64) -> Result<(Head, &str, u64)> {
         if plain.is_empty() {
             return Ok((head, &text[at..], number + 1));
         }
-        if line.starts_with([' ', '\t']) {
-            if let Some((_, value)) = head.last_mut() {
-                *value += plain;
-                continue;
-            }
+        if line.starts_with([' ', '\t'])
+            && let Some((_, value)) = head.last_mut()
+        {
+            *value += plain;
+            continue;
         }
         // An mbox line that `write-mime-multipart` of old wrote first.
         if number == 1 && plain.starts_with("From ") {

@@ -88,7 +88,7 @@ fn what_is_refused_says_where_and_why() {
         ("#cloud-config\na: 1\nb: [1\nc: 2\n", "line "),
         ("#cloud-config\na: 1\n b: 2\n", "line 3"),
         ("#cloud-config\na: \"x\n", "line "),
-        ("#cloud-config\n\tb: 2\n", "line 2"),
+        ("#cloud-config\na:\n\tb: 2\n", "line 3"),
         ("#cloud-config\na: *nowhere\n", "line 2"),
         ("#cloud-config\na: 1\n---\nb: 1\n", "document"),
         ("#cloud-config-archive\na: 1\n", "not a list"),

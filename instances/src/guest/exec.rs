@@ -29,6 +29,8 @@ const MAX_QUEUE: usize = 4 << 20;
 /// A reader that takes nothing for this long holds up the others: they go another way.
 const STALL_AFTER: Duration = Duration::from_millis(250);
 const START_BOUND: Duration = Duration::from_secs(60);
+/// From SIGHUP to the end of the pipes.
+const HANG_UP_GRACE: Duration = Duration::from_secs(2);
 const MAX_ENV: usize = 256;
 
 /// The terminal of a session.
@@ -234,6 +236,7 @@ impl Pump {
     async fn run(mut self, stdin: mpsc::Receiver<Bytes>, mut control: mpsc::Receiver<Control>) {
         let (eof, eof_in) = tokio::sync::watch::channel(false);
         let input = tokio::spawn(feed(Arc::clone(&self.write), stdin, eof_in));
+        let output = self.output.clone();
         let mut end = None;
         let mut queued: usize = self.queue.iter().map(weight).sum();
         let mut more = true;
@@ -246,7 +249,7 @@ impl Pump {
             }
             tokio::select! {
                 biased;
-                () = self.output.closed() => {
+                () = output.closed() => {
                     input.abort();
                     self.hang_up().await;
                     return;
@@ -256,7 +259,7 @@ impl Pump {
                         controlled = false;
                     }
                 }
-                place = self.output.reserve(), if !self.queue.is_empty() => {
+                place = output.reserve(), if !self.queue.is_empty() => {
                     if let (Ok(place), Some(piece)) = (place, self.queue.pop_front()) {
                         queued -= weight(&piece);
                         place.send(piece);
@@ -281,6 +284,7 @@ impl Pump {
                     Some(ChannelMsg::Close) | None => more = false,
                     Some(_) => {}
                 },
+                () = self.connection.gone(), if more => more = false,
                 () = sleep(STALL_AFTER), if full && stall.is_none() => {
                     stall = Some(Stall::new(&self.connection));
                 }
@@ -319,15 +323,19 @@ impl Pump {
         }
     }
 
-    /// Nobody listens any more: the command gets SIGHUP (with a terminal, by the terminal's end).
-    async fn hang_up(&self) {
-        let work = async {
-            if !self.has_tty {
-                let _ = self.write.signal(Sig::HUP).await;
-            }
-            let _ = self.write.close().await;
-        };
-        let _ = timeout(START_BOUND, work).await;
+    /// Nobody listens any more: the command gets SIGHUP and a moment to tidy up while its output is
+    /// thrown away; with a terminal, the terminal's end does that.
+    async fn hang_up(&mut self) {
+        let Self { read, write, .. } = self;
+        if !self.has_tty {
+            let tidy = async {
+                if write.signal(Sig::HUP).await.is_ok() {
+                    while !matches!(read.wait().await, None | Some(ChannelMsg::Close)) {}
+                }
+            };
+            let _ = timeout(HANG_UP_GRACE, tidy).await;
+        }
+        let _ = timeout(START_BOUND, self.write.close()).await;
     }
 }
 

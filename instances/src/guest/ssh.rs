@@ -32,7 +32,9 @@ use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, BufReader};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Mutex;
+use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::agent::AgentLink;
@@ -88,6 +90,8 @@ struct Slot {
 pub struct Connection {
     handle: Handle<Client>,
     stalls: AtomicUsize,
+    /// Set when the agent says that the other end is gone, which a port itself never shows.
+    dead: CancellationToken,
 }
 
 /// Says, while it lives, that its session's reader holds up the connection.
@@ -106,7 +110,23 @@ impl Drop for Stall {
     }
 }
 
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // Ends the task that watches for the end.
+        self.dead.cancel();
+    }
+}
+
 impl Connection {
+    fn is_open(&self) -> bool {
+        !self.handle.is_closed() && !self.dead.is_cancelled()
+    }
+
+    /// Completes when the other end is known to be gone.
+    pub(super) async fn gone(&self) {
+        self.dead.cancelled().await;
+    }
+
     fn is_stalled(&self) -> bool {
         self.stalls.load(Ordering::Relaxed) > 0
     }
@@ -152,7 +172,7 @@ impl SshPool {
                 Err(_) => late("open a session", OPEN_BOUND),
             };
             // A refusal (too many sessions) is an answer; only a broken connection is made anew.
-            if !(again && connection.handle.is_closed()) {
+            if !again || connection.is_open() {
                 return Err(err);
             }
             again = false;
@@ -172,7 +192,7 @@ impl SshPool {
         let last = self.shared.slots.len() - 1;
         for (index, slot) in self.shared.slots.iter().enumerate() {
             let mut open = slot.open.lock().await;
-            if let Some(connection) = open.as_ref().filter(|c| !c.handle.is_closed()) {
+            if let Some(connection) = open.as_ref().filter(|c| c.is_open()) {
                 if !connection.is_stalled() || index == last {
                     return Ok(Arc::clone(connection));
                 }
@@ -208,12 +228,16 @@ async fn end(old: Option<Arc<Connection>>) {
 impl Shared {
     async fn open(&self, slot: usize) -> Result<Connection> {
         let started = std::time::Instant::now();
+        let dead = CancellationToken::new();
         let handle = match &self.access {
             Access::Agent { link, ports } => {
                 let (name, socket) = ports
                     .get(slot)
                     .ok_or_else(|| Error::internal("An SSH pool without ports"))?;
-                let stream = agreed_stream(link, name, socket).await?;
+                let nonce = Uuid::new_v4().simple().to_string();
+                // Listens from before the beginning, so that no end is missed.
+                tokio::spawn(watch_end(link, nonce.clone(), dead.clone()));
+                let stream = agreed_stream(link, name, socket, &nonce).await?;
                 let pin = Pin::Known(self.keys.host_public().clone());
                 self.login(stream, pin).await?
             }
@@ -235,6 +259,7 @@ impl Shared {
         Ok(Connection {
             handle,
             stalls: AtomicUsize::new(0),
+            dead,
         })
     }
 
@@ -273,13 +298,51 @@ impl Shared {
     }
 }
 
+/// Cancels `dead` when the connection's sshd ended or the guest booted anew. Ends by itself when `dead`
+/// is cancelled, at the latest when the connection is dropped.
+fn watch_end(
+    link: &AgentLink,
+    nonce: String,
+    dead: CancellationToken,
+) -> impl Future<Output = ()> + Send + 'static {
+    let mut ends = link.ssh_ends();
+    let mut hello = link.hello();
+    let boot_id = hello
+        .borrow_and_update()
+        .as_ref()
+        .map(|h| h.boot_id.clone());
+    async move {
+        let ended = async {
+            loop {
+                tokio::select! {
+                    end = ends.recv() => match end {
+                        Ok(end) if end == nonce => return,
+                        Err(RecvError::Closed) => return,
+                        _ => {}
+                    },
+                    changed = hello.changed() => {
+                        let now = hello.borrow_and_update().as_ref().map(|h| h.boot_id.clone());
+                        let another = now.is_some() && boot_id.is_some() && now != boot_id;
+                        if changed.is_err() || another {
+                            return;
+                        }
+                    }
+                }
+            }
+        };
+        if dead.run_until_cancelled(ended).await.is_some() {
+            dead.cancel();
+        }
+    }
+}
+
 /// Agrees a connection with the agent and reads up to its greeting.
 async fn agreed_stream(
     link: &AgentLink,
     port: &str,
     socket: &Path,
+    nonce: &str,
 ) -> Result<BufReader<UnixStream>> {
-    let nonce = Uuid::new_v4().simple().to_string();
     let args = json!({ "nonce": nonce, "port": port, "wait": USER_WAIT.as_secs() });
     let bound = USER_WAIT + Duration::from_secs(15);
     link.request("ssh-open", args, bound).await?;
@@ -288,7 +351,7 @@ async fn agreed_stream(
         .map_err(|err| unreachable_guest("The machine's SSH port can't be opened", err))?;
     let mut stream = BufReader::new(stream);
     let bound = Duration::from_secs(20);
-    timeout(bound, greeting(&mut stream, &nonce))
+    timeout(bound, greeting(&mut stream, nonce))
         .await
         .unwrap_or_else(|_| Err(late("greet on its SSH port", bound)))?;
     Ok(stream)

@@ -1,1 +1,389 @@
+//! The pool and its sessions against a real OpenSSH server, started by the real agent; only the ports
+//! are sockets here.
 
+use super::*;
+use crate::guest::exec::{Control, ExecSession, ExecSpec, Output, Tty};
+use bytes::Bytes;
+use std::process::{Child, Command, Stdio};
+use tokio::net::UnixListener;
+
+const SOON: Duration = Duration::from_secs(30);
+
+struct Guest {
+    dir: tempfile::TempDir,
+    agent: Child,
+    keys: InstanceKeys,
+    link: AgentLink,
+    pool: SshPool,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.agent.kill();
+        let _ = self.agent.wait();
+    }
+}
+
+fn user() -> String {
+    let out = Command::new("id").arg("-un").output().unwrap();
+    String::from_utf8(out.stdout).unwrap().trim().to_owned()
+}
+
+impl Guest {
+    /// `None`, loudly, where the host lacks what the test needs.
+    async fn start() -> Option<Self> {
+        if !Path::new("/usr/sbin/sshd").exists() {
+            eprintln!("SKIPPED: /usr/sbin/sshd is not installed");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let keys = InstanceKeys::generate().unwrap();
+        let etc = at("etc");
+        std::fs::create_dir(&etc).unwrap();
+        let write =
+            |name: &str, text: String| files::write_atomic(&etc.join(name), text.as_bytes(), 0o600);
+        write("ssh_host_ed25519_key", keys.host_private_text().unwrap()).unwrap();
+        write("authorized_keys", keys.client_public_line().unwrap() + "\n").unwrap();
+        // The folder lies below a world-writable one, and this host's PAM is none of our business.
+        let settings =
+            json!({"user": user(), "user_managed": false, "sshd": ["StrictModes no", "UsePAM no"]});
+        write("agent.json", settings.to_string()).unwrap();
+        std::fs::write(at("agent.py"), crate::guest::seed::AGENT_PY).unwrap();
+        for name in ["pileus.agent.0", "pileus.ssh.0", "pileus.ssh.1"] {
+            let port = UnixListener::bind(at(name)).unwrap();
+            let host = UnixListener::bind(at(&format!("host-{name}"))).unwrap();
+            tokio::spawn(splice(port, host));
+        }
+        let agent = Command::new("python3")
+            .args(["-I", "-S"])
+            .arg(at("agent.py"))
+            .arg("--ports")
+            .arg(dir.path())
+            .arg("--etc")
+            .arg(&etc)
+            .arg("--cloud")
+            .arg(at("cloud"))
+            .stdin(Stdio::null())
+            .spawn();
+        let Ok(agent) = agent else {
+            eprintln!("SKIPPED: python3 can't be run");
+            return None;
+        };
+        let link = AgentLink::connect(at("host-pileus.agent.0"));
+        timeout(SOON, link.wait_hello()).await.unwrap().unwrap();
+        let port = |name: &str| (name.to_owned(), at(&format!("host-{name}")));
+        let access = Access::Agent {
+            link: link.clone(),
+            ports: vec![port("pileus.ssh.0"), port("pileus.ssh.1")],
+        };
+        let pool = SshPool::new(access, user(), keys.clone());
+        Some(Self {
+            dir,
+            agent,
+            keys,
+            link,
+            pool,
+        })
+    }
+
+    async fn exec(&self, spec: &ExecSpec) -> ExecSession {
+        timeout(SOON, self.pool.exec(spec)).await.unwrap().unwrap()
+    }
+
+    async fn run(&self, command: &[&str]) -> End {
+        finish(self.exec(&spec(command)).await).await
+    }
+}
+
+/// Joins each connection of the agent's side to the next of the host's side.
+async fn splice(port: UnixListener, host: UnixListener) {
+    loop {
+        let (Ok((mut a, _)), Ok((mut b, _))) = (port.accept().await, host.accept().await) else {
+            return;
+        };
+        tokio::spawn(async move {
+            let _ = tokio::io::copy_bidirectional(&mut a, &mut b).await;
+        });
+    }
+}
+
+fn spec(command: &[&str]) -> ExecSpec {
+    ExecSpec {
+        command: command.iter().map(|c| (*c).to_owned()).collect(),
+        ..ExecSpec::default()
+    }
+}
+
+#[derive(Debug, Default)]
+struct End {
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+    code: Option<u32>,
+    signal: Option<String>,
+    failed: Option<Error>,
+}
+
+async fn finish(mut session: ExecSession) -> End {
+    let mut end = End::default();
+    let collect = async {
+        while let Some(piece) = session.output.recv().await {
+            match piece {
+                Output::Stdout(bytes) => end.stdout.extend_from_slice(&bytes),
+                Output::Stderr(bytes) => end.stderr.extend_from_slice(&bytes),
+                Output::Exit(code) => end.code = Some(code),
+                Output::Signal(name) => end.signal = Some(name),
+                Output::Failed(err) => end.failed = Some(err),
+            }
+        }
+    };
+    timeout(SOON, collect)
+        .await
+        .expect("the command did not end");
+    end
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_end_as_they_would_in_a_shell() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let end = guest
+        .run(&["sh", "-c", "echo out; echo err >&2; exit 33"])
+        .await;
+    assert_eq!(
+        (text(&end.stdout), text(&end.stderr)),
+        ("out\n".into(), "err\n".into())
+    );
+    assert_eq!(end.code, Some(33));
+    assert_eq!(guest.run(&["exit", "7"]).await.code, Some(7));
+    assert_eq!(guest.run(&["no-such-command"]).await.code, Some(127));
+    let odd = "it's \"a\" $HOME `x` \\ \n*";
+    assert_eq!(text(&guest.run(&["printf", "%s", odd]).await.stdout), odd);
+    let end = guest.run(&["sh", "-c", "kill -TERM $$"]).await;
+    assert!(
+        end.signal.as_deref() == Some("TERM") || end.code == Some(143),
+        "{end:?}"
+    );
+    // Folder and variables.
+    let folder = guest.dir.path().join("a folder");
+    std::fs::create_dir(&folder).unwrap();
+    let spec = ExecSpec {
+        command: vec!["sh".into(), "-c".into(), "pwd; echo $PILEUS_X".into()],
+        cwd: Some(folder.to_str().unwrap().into()),
+        env: vec![("PILEUS_X".into(), "a b".into())],
+        tty: None,
+    };
+    let end = finish(guest.exec(&spec).await).await;
+    assert_eq!(text(&end.stdout), format!("{}\na b\n", folder.display()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_pass_unchanged_both_ways() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let bytes: Vec<u8> = (0..8 << 20_u32)
+        .map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 11) as u8)
+        .collect();
+    let session = guest.exec(&spec(&["cat"])).await;
+    let (stdin, control) = (session.stdin.clone(), session.control.clone());
+    let input = Bytes::from(bytes.clone());
+    tokio::spawn(async move {
+        for at in (0..input.len()).step_by(100_000) {
+            let piece = input.slice(at..input.len().min(at + 100_000));
+            stdin.send(piece).await.unwrap();
+        }
+        control.send(Control::Eof).await.unwrap();
+    });
+    let end = finish(session).await;
+    assert!(
+        end.stdout == bytes,
+        "{} bytes of {}",
+        end.stdout.len(),
+        bytes.len()
+    );
+    assert_eq!(end.code, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_has_its_size_and_takes_signals() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let tty = Tty {
+        term: "xterm-256color".into(),
+        cols: 101,
+        rows: 37,
+        modes: vec![(53, 0)], // ECHO off
+    };
+    let script = "echo $TERM; stty size; trap 'stty size; exit 5' WINCH; \
+                  while :; do sleep 0.1; done";
+    let mut session = guest
+        .exec(&ExecSpec {
+            tty: Some(tty),
+            ..spec(&["sh", "-c", script])
+        })
+        .await;
+    let mut seen = String::new();
+    while !seen.contains("37 101\r\n") {
+        match timeout(SOON, session.output.recv()).await.unwrap() {
+            Some(Output::Stdout(bytes)) => seen += &text(&bytes),
+            other => panic!("{other:?} after {seen:?}"),
+        }
+    }
+    assert!(seen.starts_with("xterm-256color\r\n"), "{seen:?}");
+    let resize = Control::Resize { cols: 90, rows: 20 };
+    session.control.send(resize).await.unwrap();
+    let end = finish(session).await;
+    assert_eq!((text(&end.stdout), end.code), ("20 90\r\n".into(), Some(5)));
+
+    let session = guest
+        .exec(&spec(&[
+            "sh",
+            "-c",
+            "trap 'exit 9' USR1; while :; do sleep 0.05; done",
+        ]))
+        .await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let control = session.control.clone();
+    control.send(Control::Signal("USR1".into())).await.unwrap();
+    assert_eq!(finish(session).await.code, Some(9));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sleeping_reader_holds_up_nobody_and_fills_no_memory() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let sleeper = guest.exec(&spec(&["yes"])).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let end = guest.run(&["echo", "hi"]).await;
+    assert_eq!(end.stdout, b"hi\n");
+    // Dropped, it ends the command, and the first connection is free again.
+    drop(sleeper);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let pid = guest.run(&["sh", "-c", "echo $PPID"]).await;
+    assert_eq!(pid.code, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dropping_a_session_hangs_its_command_up() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let mark = guest.dir.path().join("hung-up");
+    let script = format!(
+        "trap 'touch {}; exit' HUP; echo ready; while :; do sleep 0.05; done",
+        mark.display()
+    );
+    let mut session = guest.exec(&spec(&["sh", "-c", &script])).await;
+    assert!(matches!(
+        session.output.recv().await,
+        Some(Output::Stdout(_))
+    ));
+    drop(session);
+    for _ in 0..100 {
+        if mark.exists() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("the command was not told");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_connection_is_told_and_made_anew() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let session = guest.exec(&spec(&["sleep", "60"])).await;
+    let answer = guest.link.request("ssh-close", json!({}), SOON).await;
+    answer.unwrap();
+    let end = finish(session).await;
+    assert!(end.failed.is_some(), "{end:?}");
+    assert_eq!(guest.run(&["echo", "again"]).await.stdout, b"again\n");
+    guest.pool.close().await;
+    assert_eq!(guest.run(&["echo", "thrice"]).await.stdout, b"thrice\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_host_key_is_refused() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let other = InstanceKeys::generate().unwrap();
+    let text = other.host_private_text().unwrap();
+    std::fs::write(guest.dir.path().join("etc/ssh_host_ed25519_key"), text).unwrap();
+    let err = timeout(SOON, guest.pool.exec(&spec(&["true"])))
+        .await
+        .unwrap()
+        .unwrap_err();
+    assert_eq!(err.code, Code::GuestUnreachable);
+    assert!(err.message.contains("another host key"), "{err}");
+    assert_ne!(other.host_public(), guest.keys.host_public());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_client_key_is_refused() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    std::fs::write(guest.dir.path().join("etc/authorized_keys"), "").unwrap();
+    let err = timeout(SOON, guest.pool.exec(&spec(&["true"])))
+        .await
+        .unwrap()
+        .unwrap_err();
+    assert!(err.message.contains("refused pileus's key"), "{err}");
+}
+
+#[tokio::test]
+async fn leftovers_before_the_greeting_are_thrown_away() {
+    for (before, after) in [
+        ("", "SSH-2.0-x\r\n"),
+        ("SSH-2.0-old\r\n\0\u{1}garbage", "SSH-2.0-x\r\n"),
+        ("PILEUS-SSH wrongnonce\nPILEUS-SS", "rest"),
+        ("PILEUS-SSH abcdefghPILEUS-SSH abcdefg", "rest"),
+        ("PPPILEUSPILEUS-", ""),
+    ] {
+        let (mut guest, host) = tokio::io::duplex(1024);
+        let line = format!("{before}PILEUS-SSH abcdefgh\n{after}");
+        tokio::io::AsyncWriteExt::write_all(&mut guest, line.as_bytes())
+            .await
+            .unwrap();
+        drop(guest);
+        let mut host = BufReader::new(host);
+        greeting(&mut host, "abcdefgh").await.unwrap();
+        let mut rest = String::new();
+        tokio::io::AsyncReadExt::read_to_string(&mut host, &mut rest)
+            .await
+            .unwrap();
+        assert_eq!(rest, after, "after {before:?}");
+    }
+    let (guest, host) = tokio::io::duplex(64);
+    drop(guest);
+    let err = greeting(&mut BufReader::new(host), "abcdefgh")
+        .await
+        .unwrap_err();
+    assert_eq!(err.code, Code::GuestUnreachable);
+}
+
+#[test]
+fn a_foreign_key_is_pinned_at_first_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("pin");
+    let public = || InstanceKeys::generate().unwrap().host_public().clone();
+    let (ours, first, second) = (public(), public(), public());
+    let pin = |file: &Path| Pin::from_file(ours.clone(), file).unwrap();
+    assert!(pin(&file).accepts(&ours).unwrap());
+    assert!(!file.exists());
+    assert!(pin(&file).accepts(&first).unwrap());
+    assert!(pin(&file).accepts(&first).unwrap());
+    assert!(!pin(&file).accepts(&second).unwrap());
+    std::fs::write(&file, "nonsense").unwrap();
+    assert!(Pin::from_file(ours, &file).is_err());
+}
