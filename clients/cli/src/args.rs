@@ -2,6 +2,7 @@
 //! stand in its file under `commands/`.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -39,13 +40,14 @@ pub struct Cli {
 #[command(next_help_heading = "Global options")]
 pub struct Global {
     /// Show what the daemon logs while it works; repeat for more
-    #[arg(short, long, action = ArgAction::Count, global = true)]
+    #[arg(short, long, action = ArgAction::Count, global = true, display_order = 1000)]
     pub verbose: u8,
     /// Talk to the daemon at this socket [env: PILEUS_SOCKET]
-    #[arg(long, value_name = "PATH", global = true, conflicts_with = "storage")]
+    #[arg(long, value_name = "PATH", global = true, display_order = 1001)]
+    #[arg(conflicts_with = "storage")]
     pub socket: Option<PathBuf>,
     /// Talk to the daemon of this storage folder [env: PILEUS_STORAGE]
-    #[arg(long, value_name = "DIR", global = true)]
+    #[arg(long, value_name = "DIR", global = true, display_order = 1002)]
     pub storage: Option<PathBuf>,
 }
 
@@ -143,7 +145,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, ExitCode> 
 /// asking the daemon.
 pub fn no_command(version: bool) -> ExitCode {
     if version {
-        println!("pileus {}", env!("CARGO_PKG_VERSION"));
+        let text = format!("pileus {}\n", env!("CARGO_PKG_VERSION"));
+        // A reader that is gone needs no version.
+        let _ = std::io::stdout().write_all(text.as_bytes());
         return ExitCode::SUCCESS;
     }
     let _ = Cli::command().print_help();

@@ -48,6 +48,6 @@ impl Context {
 
     /// Tells the user something that is not an error.
     pub fn warn(&self, text: &str) {
-        eprintln!("warning: {}", terminal::harmless(text));
+        terminal::tell(&format!("warning: {text}"));
     }
 }

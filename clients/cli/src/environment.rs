@@ -73,5 +73,7 @@ pub fn time_zone() -> Option<String> {
     jiff::tz::TimeZone::try_system()
         .ok()?
         .iana_name()
+        // What is said when the machine has no time zone set.
+        .filter(|name| *name != "Etc/Unknown")
         .map(str::to_owned)
 }

@@ -6,7 +6,10 @@ use std::process::ExitCode;
 use clap_complete::CompleteEnv;
 
 fn main() -> ExitCode {
-    // Ends the process if the shell asked for completions.
-    CompleteEnv::with_factory(pileus::command).complete();
+    // Ends the process if the shell asked for completions. The script names the program as it is
+    // found in PATH, wherever the copy lies that wrote it.
+    CompleteEnv::with_factory(pileus::command)
+        .completer("pileus")
+        .complete();
     pileus::run(std::env::args_os(), pileus::Environment::of_process())
 }

@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use pileus_api::{OperationEvent, Phase};
+use pileus_api::{Operation, OperationEvent, Phase};
 
-use crate::terminal::harmless;
+use crate::terminal::{harmless, tell};
 
 const SPINNER: &str = "{spinner} {wide_msg} {elapsed}";
 const BAR: &str = "{spinner} {msg} [{bar:24}] {bytes}/{total_bytes} {elapsed}";
@@ -47,6 +47,7 @@ impl Progress {
             bar,
             target: target.to_owned(),
             phase: None,
+            warned: Vec::new(),
         };
         line.spin();
         line
@@ -54,12 +55,7 @@ impl Progress {
 
     /// A whole line of text above what is drawn.
     pub fn say(&self, text: &str) {
-        let text = harmless(text).into_owned();
-        if self.visible {
-            self.lines.suspend(|| eprintln!("{text}"));
-        } else {
-            eprintln!("{text}");
-        }
+        self.lines.suspend(|| tell(text));
     }
 }
 
@@ -68,6 +64,8 @@ pub(crate) struct Line {
     bar: ProgressBar,
     target: String,
     phase: Option<Phase>,
+    /// Warnings that were shown.
+    warned: Vec<String>,
 }
 
 impl Line {
@@ -104,9 +102,26 @@ impl Line {
                     self.message(&format!("{}: {line}", phase_text(phase, &self.target)));
                 }
             }
-            OperationEvent::Warning { line } => self.progress.say(&format!("warning: {line}")),
+            OperationEvent::Warning { line } => self.warn(line),
             OperationEvent::Done { .. } => self.bar.finish_and_clear(),
         }
+    }
+
+    /// Ends the line, and tells of warnings that did not come as events (they may have been before
+    /// the first one).
+    pub fn end(&mut self, operation: &Operation) {
+        self.bar.finish_and_clear();
+        for warning in &operation.warnings {
+            self.warn(warning);
+        }
+    }
+
+    fn warn(&mut self, warning: &str) {
+        if self.warned.iter().any(|told| told == warning) {
+            return;
+        }
+        self.warned.push(warning.to_owned());
+        self.progress.say(&format!("warning: {warning}"));
     }
 
     fn spin(&self) {

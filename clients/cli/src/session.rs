@@ -93,6 +93,7 @@ async fn start_instance(
     let mut line = context.progress().line(name);
     let operation = client.start(name, request).await?;
     let operation = client.follow(operation, |event| line.event(event)).await?;
+    line.end(&operation);
     if operation.state != OperationState::Succeeded {
         return Err(CommandError::of_operation(operation));
     }

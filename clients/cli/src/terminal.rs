@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 
 use rustix::termios::{self, OptionalActions, Termios};
@@ -37,6 +37,12 @@ pub(crate) fn size() -> (u16, u16) {
         Ok(size) if size.ws_col > 0 && size.ws_row > 0 => (size.ws_col, size.ws_row),
         _ => (80, 24),
     }
+}
+
+/// Writes a line for a person to standard error. Where that is gone, nothing is left to do.
+pub(crate) fn tell(text: &str) {
+    let line = format!("{}\n", harmless(text));
+    let _ = io::stderr().write_all(line.as_bytes());
 }
 
 /// Text without escape sequences and control characters other than newline and tab.

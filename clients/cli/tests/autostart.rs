@@ -144,3 +144,20 @@ fn an_explicit_socket_or_a_mere_look_starts_nothing() {
     assert!(completed.status.success());
     assert!(host.notes().is_empty());
 }
+
+#[test]
+fn a_socket_that_may_not_be_used_is_told_apart_from_no_daemon() {
+    let host = Host::new(DAEMON);
+    let socket = host.daemon.socket();
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o000)).unwrap();
+    for line in ["list", "exec foo -- ls"] {
+        let ran = host.run(&format!("--socket {} {line}", socket.display()));
+        assert_eq!(ran.code, 2, "{line}");
+        let text = format!(
+            "failed: pileus socket access denied\nPlease check that you have read/write \
+             permissions to '{}'\n",
+            socket.display()
+        );
+        assert!(ran.err.ends_with(&text), "{}", ran.err);
+    }
+}

@@ -60,7 +60,7 @@ async fn no_daemon_and_no_permission_are_told_apart() {
 
     let closed = dir.path().join("closed");
     let _listener = std::os::unix::net::UnixListener::bind(&closed).unwrap();
-    std::fs::set_permissions(&closed, PermissionsExt::from_mode(0)).unwrap();
+    std::fs::set_permissions(&closed, PermissionsExt::from_mode(0o000)).unwrap();
     if std::os::unix::net::UnixStream::connect(&closed).is_ok() {
         eprintln!("SKIPPED: permission of a socket: root may connect to any");
         return;

@@ -72,15 +72,10 @@ pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
     let name = operation.target.clone();
     let mut line = context.progress().line(&name);
     let operation = follow(&client, operation, request.timeout, &mut signals, &mut line).await?;
+    line.end(&operation);
     drop(line);
     if operation.state != OperationState::Succeeded {
         return Err(CommandError::of_operation(operation));
-    }
-    // On a terminal they were shown when they came up.
-    if !context.env.terminals.stderr {
-        for warning in &operation.warnings {
-            context.warn(warning);
-        }
     }
     context.print(&format!("Launched: {name}\n"))
 }

@@ -188,7 +188,7 @@ fn stored_node(image: &Image) -> Node {
 
 pub fn pruned(reply: &PruneReply) -> String {
     if reply.removed.is_empty() {
-        return "Nothing to remove: every image is used by an instance.\n".to_owned();
+        return "No unused images found.\n".to_owned();
     }
     let mut out = String::new();
     let mut all = 0_u64;
