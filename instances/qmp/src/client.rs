@@ -35,7 +35,9 @@ use crate::{Command, QmpError};
 pub struct Options {
     /// Longest line in bytes; QEMU's longest answer (`query-qmp-schema`) has about 250 kB.
     pub max_line: usize,
-    /// Bound on a command that names no bound of its own, and on the greeting.
+    /// Bound on the greeting, which comes once QEMU has set its machine up.
+    pub greeting: Duration,
+    /// Bound on a command that names no bound of its own.
     pub deadline: Duration,
     /// Events held for a slow receiver; further ones are dropped (with a warning in the log).
     pub max_events: usize,
@@ -45,6 +47,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             max_line: 16 << 20,
+            greeting: Duration::from_secs(30),
             deadline: Duration::from_secs(10),
             max_events: 1024,
         }
@@ -151,9 +154,9 @@ impl Client {
         let bad = |reason: String| QmpError::Connect { reason };
         let (read, write) = stream.into_split();
         let mut lines = FramedRead::new(read, LinesCodec::new_with_max_length(options.max_line));
-        let first = tokio::time::timeout(options.deadline, lines.next())
+        let first = tokio::time::timeout(options.greeting, lines.next())
             .await
-            .map_err(|_| bad(format!("no greeting within {:?}", options.deadline)))?
+            .map_err(|_| bad(format!("no greeting within {:?}", options.greeting)))?
             .ok_or_else(|| bad("it was closed before the greeting".into()))?
             .map_err(|err| bad(err.to_string()))?;
         let version = message::parse_greeting(&first)

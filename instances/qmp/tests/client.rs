@@ -60,6 +60,7 @@ async fn connected(options: Options) -> (Client, Events, Peer) {
 fn quick() -> Options {
     Options {
         max_line: 4096,
+        greeting: Duration::from_millis(200),
         deadline: Duration::from_millis(200),
         max_events: 2,
     }

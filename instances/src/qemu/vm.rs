@@ -353,7 +353,7 @@ impl Vm {
 
 async fn connect(socket: &Path, within: Duration) -> Result<(Client, Events), QmpError> {
     let options = Options {
-        deadline: within,
+        greeting: within,
         ..Options::default()
     };
     Client::connect(socket, options).await
