@@ -118,20 +118,20 @@ pub fn stored(images: &[Image], format: Format) -> String {
                     i.digest.short().to_owned(),
                     title.trim().to_owned(),
                     i.version.clone(),
-                    i.source.clone(),
                     i.virtual_size.to_string(),
                     i.disk_usage.to_string(),
                     users,
+                    i.source.clone(),
                 ]
             };
             let columns = [
                 ("Digest", 14),
                 ("Image", 14),
                 ("Version", 10),
-                ("Source", 18),
                 ("Disk", 9),
                 ("Takes", 9),
-                ("Used by", 0),
+                ("Used by", 14),
+                ("Source", 0),
             ];
             table::table(&columns, &images.iter().map(row).collect::<Vec<_>>())
         }
