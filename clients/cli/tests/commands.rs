@@ -138,6 +138,33 @@ fn ctrl_c_cancels_a_launch() {
 }
 
 #[test]
+fn a_second_ctrl_c_does_not_wait() {
+    let daemon = daemon();
+    {
+        let mut script = daemon.script.lock().unwrap();
+        script.hang = true;
+        script.deaf = true;
+    }
+    let child = daemon
+        .command("launch")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let called = |what: &str| {
+        let script = daemon.script.lock().unwrap();
+        script.calls.iter().any(|call| call.contains(what))
+    };
+    until(|| called("/events"));
+    kill(&child, rustix::process::Signal::INT);
+    until(|| called("DELETE"));
+    kill(&child, rustix::process::Signal::INT);
+    let ran = Ran::of(&child.wait_with_output().unwrap());
+    assert_eq!(ran.code, 130);
+    assert!(ran.err.contains("Left while cancelling"), "{}", ran.err);
+}
+
+#[test]
 fn the_clients_own_timeout_has_its_exit_code() {
     let daemon = daemon();
     daemon.script.lock().unwrap().hang = true;
