@@ -132,10 +132,17 @@ phase "cleaning up"
 chroot "$root" passwd -l root >/dev/null
 chroot "$root" apt-get clean
 rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin "$root"/var/cache/debconf/*-old \
-    "$root"/var/lib/dpkg/*-old "$root"/var/log/* "$root"/var/lib/cloud "$root"/tmp/* "$root"/var/tmp/* \
+    "$root"/var/lib/dpkg/*-old "$root"/var/log/* "$root"/var/lib/cloud "$root"/var/tmp/* \
     "$root"/etc/ssh/ssh_host_* "$root"/var/lib/systemd/random-seed "$root"/run/* \
     "$root"/var/lib/dbus/machine-id "$root"/etc/.pwd.lock "$root"/etc/*-
 mkdir -p "$root/var/log/journal"
+# What mmdebstrap would take away after this hook, when the disk is written already: services that must
+# not start, its apt and dpkg options.
+rm -f "$root/usr/sbin/policy-rc.d" "$root/etc/apt/apt.conf.d/00mmdebstrap" \
+    "$root/etc/apt/apt.conf.d/99debconf" "$root/etc/dpkg/dpkg.cfg.d/99mmdebstrap"
+for program in "$root/sbin/start-stop-daemon" "$root/usr/sbin/start-stop-daemon"; do
+    if [ -e "$program.REAL" ]; then mv -f "$program.REAL" "$program"; fi
+done
 # Empty, not "uninitialized": systemd then gives the machine its id without running first-boot work.
 : >"$root/etc/machine-id"
 chmod 0444 "$root/etc/machine-id"
@@ -166,8 +173,11 @@ truncate -s "${DISK_MIB}M" "$disk"
 # The features that GRUB can't read are off; the storage is known to be zero, so the guest need not
 # write its inode tables.
 # mmdebstrap has /proc, /sys and /dev mounted below the root: a plain bind mount of it, in a mount
-# namespace of its own, shows the files without them.
-unshare --mount --propagation private sh -c 'mount --bind "$0" "$0/mnt" && exec "$@"' "$root" \
+# namespace of its own, shows the files without them. An empty /tmp hides what mmdebstrap keeps there.
+unshare --mount --propagation private sh -euc '
+    mount --bind "$0" "$0/mnt"
+    mount -t tmpfs -o mode=1777 tmpfs "$0/mnt/tmp"
+    exec "$@"' "$root" \
     mke2fs -q -F -t ext4 -L "$LABEL" -O '^metadata_csum_seed,^orphan_file' -m 1 -J size=32 \
     -E offset=1048576,nodiscard,lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 \
     -d "$root/mnt" "$disk" "$(((DISK_MIB - 1) * 1024))k" >&2

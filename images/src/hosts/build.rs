@@ -297,6 +297,8 @@ fn mmdebstrap(work: &Work<'_>, recipe: &Recipe, root: bool, mirror: Option<&Mirr
             "--architectures=amd64",
         ])
         .arg(format!("--include={}", PACKAGES.join(",")))
+        // The root is thrown away once the hook has written the disk.
+        .arg("--skip=cleanup")
         .arg("--dpkgopt=path-exclude=/usr/share/man/*")
         .arg("--dpkgopt=path-exclude=/usr/share/locale/*")
         .arg("--dpkgopt=path-exclude=/usr/share/doc/*")
