@@ -114,7 +114,19 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-struct Killed(Child);
+/// A server of the test, which ends with it.
+pub struct Killed(Child);
+
+impl Killed {
+    pub fn spawn(command: &mut Command) -> Self {
+        // No output of the test's own: who reads that would wait for the server's end.
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Self(command.spawn().unwrap())
+    }
+}
 
 impl Drop for Killed {
     fn drop(&mut self) {
@@ -157,7 +169,7 @@ impl World {
         web.args(["httpd", "-f", "-p", &format!("{SERVER}:80"), "-h"])
             .arg(at("www"));
         let dns = dns_server(&outside, ROUTER);
-        let servers = vec![Killed(web.spawn().unwrap()), dns];
+        let servers = vec![Killed::spawn(&mut web), dns];
         outside.sh("sleep 0.2");
         Self {
             dir,
@@ -294,7 +306,7 @@ fn dns_server(namespace: &Namespace, address: &str) -> Killed {
     ]);
     command.arg(format!("--listen-address={address}"));
     command.arg(format!("--address=/outside.example/{SERVER}"));
-    Killed(command.spawn().unwrap())
+    Killed::spawn(&mut command)
 }
 
 const UDHCPC: &str = r#"#!/bin/sh

@@ -1,6 +1,6 @@
 //! The network as root.
 
-use super::support::{self, HOST, ROUTER, SERVER, World, can_run, until};
+use super::support::{self, HOST, Killed, ROUTER, SERVER, World, can_run, until};
 use serde_json::json;
 
 const ALICE: &str = "52:54:00:00:00:0a";
@@ -57,10 +57,7 @@ fn a_guest_gets_its_address_resolves_names_and_reaches_the_outside() {
     world.host.sh("busybox ping -c1 -W2 10.87.21.5");
     guest.sh("busybox ping -c1 -W2 10.87.21.1");
     let mut secret = world.host.command("busybox");
-    let mut secret = secret
-        .args(["nc", "-ll", "-p", "8080", "-e", "true"])
-        .spawn()
-        .unwrap();
+    let secret = Killed::spawn(secret.args(["nc", "-ll", "-p", "8080", "-e", "true"]));
     until("the host's own server", || {
         world
             .host
@@ -71,8 +68,7 @@ fn a_guest_gets_its_address_resolves_names_and_reaches_the_outside() {
         let (reached, text) = guest.try_sh(&format!("busybox nc -w 2 {address} 8080 </dev/null"));
         assert!(!reached, "{address}: {text}");
     }
-    secret.kill().unwrap();
-    secret.wait().unwrap();
+    drop(secret);
 }
 
 #[test]
@@ -248,18 +244,13 @@ fn what_is_taken_is_told_apart() {
     world.host.sh("ip link delete pileus0");
 
     // Another DNS server on all addresses.
-    let mut other = world
-        .host
-        .command("busybox")
-        .args(["nc", "-ll", "-p", "53", "-e", "true"])
-        .spawn()
-        .unwrap();
+    let mut other = world.host.command("busybox");
+    let other = Killed::spawn(other.args(["nc", "-ll", "-p", "53", "-e", "true"]));
     until("the other server", || {
         world.host.sh("ss -ltn").contains(":53 ")
     });
     refused("10.87.21.0/24", "port-taken");
-    other.kill().unwrap();
-    other.wait().unwrap();
+    drop(other);
 
     // All of 10/8 is routed elsewhere: the choice goes around it, and stays when asked again.
     world
