@@ -137,6 +137,18 @@ async fn a_broken_link_fails_its_requests_and_comes_back() {
 }
 
 #[tokio::test]
+async fn after_a_reset_or_a_silence_it_connects_anew() {
+    let peer = Peer::new();
+    let first = peer.accept().await;
+    peer.link.reconnect();
+    let second = peer.accept().await;
+    // Nobody says hello here, so the link tries again by itself.
+    let third = timeout(SILENCE_BEFORE_HELLO * 2, peer.listener.accept()).await;
+    assert!(third.is_ok());
+    drop((first, second));
+}
+
+#[tokio::test]
 async fn the_last_handle_ends_the_link() {
     let peer = Peer::new();
     let mut stream = peer.accept().await;
