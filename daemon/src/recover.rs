@@ -1,7 +1,8 @@
 //! What happens at start-up, in order. Each step finishes or undoes what an earlier daemon left:
 //!
 //! 1. operations that were under way are marked as interrupted;
-//! 2. rows `creating` (no VM ever) and `purging` are removed with their files;
+//! 2. rows `creating` (no VM ever) and `purging` are removed with their files (and in step 4 rows
+//!    `starting` for the first time, if no VM is found);
 //! 3. folders that no row knows are removed;
 //! 4. every other instance gets its task; a VM that still runs is adopted, a launch or start that
 //!    was waiting for its guest goes on waiting; an instance whose VM is gone is `stopped`, and says
@@ -156,6 +157,12 @@ async fn resume_one(service: &Service, instance: &Arc<Instance>) -> Result<bool>
         tracing::info!(instance = %row.name, "its VM was found running");
         instance.set_machine(Machine::adopt(config, vm));
         return Ok(true);
+    }
+    if !row.spec.booted {
+        tracing::warn!(instance = %row.name, "is removed: its launch was interrupted before its VM ran");
+        instance.set_machine(Machine::spawn(config));
+        service.undo(instance).await;
+        return Ok(false);
     }
     let snapshot = &mut config.snapshot;
     if snapshot.state != InstanceState::Stopped {

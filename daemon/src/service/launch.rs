@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! check the request ─▶ row `creating` (name, address, MAC, slot) ─▶ answer with an operation
-//!   ─▶ image in the store ─▶ disk, seed, keys in instances/ID ─▶ row `stopped` ─▶ task ─▶ boot
+//!   ─▶ image in the store ─▶ disk, seed, keys in instances/ID ─▶ task ─▶ row `starting` ─▶ boot
 //! ```
 //!
 //! Until the guest boots, whatever fails is undone: folder, row, name. After that the instance stays,
@@ -90,6 +90,7 @@ impl Service {
             image: None,
             machine_type: None,
             firmware_boot: false,
+            booted: false,
         };
         let row = self
             .parts
@@ -215,9 +216,6 @@ impl Service {
             })
             .await?;
         self.write_files(order, &row, &image).await?;
-        instance
-            .change(|row| row.stage = Stage::Is(InstanceState::Stopped))
-            .await?;
         phases.push(phase_time(Phase::Configuring, began));
         Ok((image, phases))
     }
@@ -258,7 +256,9 @@ impl Service {
 
     /// Gives the instance its task.
     fn own(&self, instance: &Arc<Instance>, image: Arc<Image>) -> Result<Machine<QemuDriver>> {
-        let config = self.machine_config(instance, image)?;
+        let mut config = self.machine_config(instance, image)?;
+        // In the database it stays `creating` until it starts: what is cut off before is undone.
+        config.snapshot.state = InstanceState::Stopped;
         let machine = Machine::spawn(config);
         instance.set_machine(machine.clone());
         Ok(machine)

@@ -129,6 +129,7 @@ impl Journal for RowJournal {
                     row.process = snapshot.process;
                     row.started_at = snapshot.started_at;
                     row.spec.firmware_boot = snapshot.firmware_boot;
+                    row.spec.booted |= snapshot.process.is_some();
                     row.history.phases.clone_from(&snapshot.phases);
                     row.history.last_error.clone_from(&snapshot.last_error);
                     // What cloud-init said is kept beyond the run that it said it in.

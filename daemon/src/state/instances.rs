@@ -26,6 +26,9 @@ pub struct Spec {
     /// The guest chooses its own kernel.
     #[serde(default)]
     pub firmware_boot: bool,
+    /// Its VM ran at least once: from then on a start that fails is no reason to remove it.
+    #[serde(default)]
+    pub booted: bool,
 }
 
 /// How the last start went.
@@ -276,6 +279,7 @@ pub(crate) mod tests {
                 image: None,
                 machine_type: None,
                 firmware_boot: false,
+                booted: false,
             },
             process: None,
             history: History::default(),

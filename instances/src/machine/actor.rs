@@ -503,8 +503,10 @@ impl<D: Driver> Actor<D> {
 
     pub(super) async fn set_state(&mut self, state: InstanceState) {
         self.config.snapshot.state = state;
-        if state == InstanceState::Running && self.config.snapshot.addresses.is_empty() {
-            self.config.snapshot.addresses = vec![self.config.address];
+        let snapshot = &mut self.config.snapshot;
+        // A guest that reports tells its addresses itself; for one without an agent we know one.
+        if state == InstanceState::Running && snapshot.report.is_none() {
+            snapshot.addresses = vec![self.config.address];
         }
         self.save_or_warn().await;
     }

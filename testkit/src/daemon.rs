@@ -1,0 +1,389 @@
+//! A daemon of the test's own: in a namespace, with its own storage and environment. It can be killed
+//! and started again; at the end everything that it started is ended too.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::cli::Output;
+use crate::netns::Namespace;
+use crate::{image, program};
+
+/// How the daemon is to run.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// With the stand-in for QEMU.
+    pub fake_qemu: bool,
+    /// With the shared guest image in its store.
+    pub guest_image: bool,
+    /// As this user instead of root.
+    pub user: Option<String>,
+    /// Further arguments.
+    pub args: Vec<String>,
+}
+
+impl Options {
+    pub fn fake() -> Self {
+        Self {
+            fake_qemu: true,
+            ..Self::default()
+        }
+    }
+
+    pub fn real() -> Self {
+        Self {
+            guest_image: true,
+            ..Self::default()
+        }
+    }
+}
+
+pub struct Daemon {
+    namespace: Namespace,
+    folder: tempfile::TempDir,
+    options: Options,
+    child: Option<Child>,
+    mounted: bool,
+}
+
+impl Daemon {
+    /// Starts a daemon and waits until it answers.
+    ///
+    /// # Panics
+    /// If it doesn't.
+    pub fn start(options: Options) -> Self {
+        let folder = tempfile::Builder::new()
+            .prefix("pil")
+            .tempdir()
+            .expect("a folder can be made");
+        // Other users (dnsmasq's, QEMU's) pass through.
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(folder.path(), mode).expect("the mode can be set");
+        let mut daemon = Self {
+            namespace: Namespace::new().with_uplink(),
+            folder,
+            options,
+            child: None,
+            mounted: false,
+        };
+        fs::create_dir_all(daemon.home()).expect("a folder can be made");
+        if daemon.options.guest_image {
+            let images = daemon.storage().join("data/images");
+            fs::create_dir_all(&images).expect("a folder can be made");
+            image::plant(&image::guest_image(), &images);
+        }
+        daemon.give_to_user();
+        daemon.start_again();
+        daemon
+    }
+
+    /// A daemon with the stand-in for QEMU and a disk that is good enough for it.
+    pub fn fake() -> Self {
+        let daemon = Self::start(Options::fake());
+        daemon.write_fake_image();
+        daemon
+    }
+
+    /// A daemon whose storage is a file system of its own with so many bytes.
+    pub fn on_small_disk(bytes: u64) -> Self {
+        let mut daemon = Self::fake();
+        daemon.stop();
+        let _ = fs::remove_dir_all(daemon.storage());
+        fs::create_dir_all(daemon.storage()).expect("a folder can be made");
+        let status = Command::new("mount")
+            .args([
+                "-t",
+                "tmpfs",
+                "-o",
+                &format!("size={bytes},mode=755"),
+                "tmpfs",
+            ])
+            .arg(daemon.storage())
+            .status();
+        assert!(
+            status.is_ok_and(|s| s.success()),
+            "a tmpfs can't be mounted"
+        );
+        daemon.mounted = true;
+        daemon.start_again();
+        daemon
+    }
+
+    /// The same daemon with other arguments, not started yet.
+    #[must_use]
+    pub fn with_args(mut self, args: &[&str]) -> Self {
+        self.options.fake_qemu = false;
+        self.options.args = args.iter().map(|&arg| arg.to_owned()).collect();
+        self
+    }
+
+    /// A small raw image for machines that never read it.
+    pub fn write_fake_image(&self) {
+        self.write_disk("fake.raw", 1 << 20, 0);
+    }
+
+    /// A raw disk with a boot sector, filled with one byte.
+    pub fn write_disk(&self, name: &str, bytes: usize, fill: u8) -> PathBuf {
+        let mut disk = vec![fill; bytes];
+        disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+        let path = self.folder.path().join(name);
+        fs::write(&path, disk).expect("a file can be written");
+        path
+    }
+
+    pub fn fake_image(&self) -> PathBuf {
+        self.folder.path().join("fake.raw")
+    }
+
+    /// Makes fake machines behave so: `never-boots`, `panics`, … (see `bin/fake-qemu`).
+    pub fn fakes_do(&self, words: &str) {
+        fs::write(self.storage().join("data/fake-qemu"), words).expect("a file can be written");
+    }
+
+    pub fn storage(&self) -> PathBuf {
+        self.folder.path().join("s")
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.storage().join("run/pileusd.sock")
+    }
+
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("daemon.log")).unwrap_or_default()
+    }
+
+    /// Pid of the running daemon. Behind `ip netns exec`, which becomes the program it is to run.
+    pub fn pid(&self) -> Option<i32> {
+        self.child.as_ref().map(|child| child.id().cast_signed())
+    }
+
+    /// Starts the daemon (again) on the same storage.
+    ///
+    /// # Panics
+    /// If it doesn't answer.
+    pub fn start_again(&mut self) {
+        self.spawn();
+        let until = Instant::now() + Duration::from_secs(20);
+        while !self.answers() {
+            let ended = self
+                .child
+                .as_mut()
+                .and_then(|c| c.try_wait().ok().flatten());
+            assert!(
+                ended.is_none(),
+                "pileusd ended with {ended:?}:\n{}",
+                self.log()
+            );
+            assert!(
+                Instant::now() < until,
+                "pileusd does not answer:\n{}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Starts the daemon without waiting for it.
+    pub fn spawn(&mut self) {
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.folder.path().join("daemon.log"))
+            .expect("a log can be made");
+        let error_log = log.try_clone().expect("the log can be shared");
+        let mut command = self.inside(&program("pileusd"));
+        command.arg("--storage").arg(self.storage());
+        if self.options.fake_qemu {
+            command.arg("--qemu").arg(program("fake-qemu"));
+        }
+        command
+            .args([
+                "--log",
+                "info,pileusd=debug,pileus_instances=debug,pileus_networks=debug",
+            ])
+            .args(&self.options.args)
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(error_log)
+            .process_group(0);
+        self.child = Some(command.spawn().expect("pileusd can be started"));
+    }
+
+    fn answers(&self) -> bool {
+        std::os::unix::net::UnixStream::connect(self.socket()).is_ok()
+    }
+
+    /// Ends the daemon as an upgrade does.
+    pub fn stop(&mut self) {
+        self.signal("TERM");
+    }
+
+    /// Ends the daemon as a power cut does.
+    pub fn kill(&mut self) {
+        self.signal("KILL");
+    }
+
+    fn signal(&mut self, name: &str) {
+        if let Some(mut child) = self.child.take() {
+            let _ = Command::new("kill")
+                .args(["-s", name, &child.id().to_string()])
+                .status();
+            let _ = child.wait();
+        }
+    }
+
+    fn home(&self) -> PathBuf {
+        self.folder.path().join("home")
+    }
+
+    fn give_to_user(&self) {
+        if let Some(user) = &self.options.user {
+            let status = Command::new("chown")
+                .arg("-R")
+                .arg(user)
+                .arg(self.folder.path())
+                .status();
+            assert!(status.is_ok_and(|s| s.success()), "chown to {user} failed");
+        }
+    }
+
+    /// A command in the namespace with a clean environment, as the daemon's user.
+    pub fn inside(&self, program: &Path) -> Command {
+        let mut command = match &self.options.user {
+            Some(user) => {
+                let mut command = self.namespace.command("runuser");
+                command.args(["-u", user, "--"]).arg(program);
+                command
+            }
+            None => self.namespace.command(program),
+        };
+        command
+            .env_clear()
+            .env("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin")
+            .env("HOME", self.home())
+            .env("TERM", "dumb")
+            .env("LANG", "C.UTF-8");
+        command
+    }
+
+    /// A `pileus` command, not started yet.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = self.inside(&program("pileus"));
+        command.env("PILEUS_STORAGE", self.storage()).args(args);
+        command
+    }
+
+    /// Runs `pileus` with these arguments and no input.
+    pub fn run(&self, args: &[&str]) -> Output {
+        self.run_with(args, b"")
+    }
+
+    /// Runs `pileus` with this standard input.
+    pub fn run_with(&self, args: &[&str], input: &[u8]) -> Output {
+        let mut command = self.command(args);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().expect("pileus can be started");
+        let mut stdin = child.stdin.take().expect("it was asked for");
+        let input = input.to_vec();
+        // Beside the reading of its output, or a large input would block both.
+        let feed = std::thread::spawn(move || {
+            let _ = stdin.write_all(&input);
+        });
+        let output = child.wait_with_output().expect("pileus ends");
+        let _ = feed.join();
+        Output {
+            what: format!("pileus {}", args.join(" ")),
+            status: output.status,
+            stdout: output.stdout,
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Launches a fake machine.
+    pub fn launch_fake(&self, name: &str) -> Output {
+        let image = format!("file://{}", self.fake_image().display());
+        self.run(&["launch", &image, "--name", name])
+    }
+
+    /// One field of an instance, by the API's name.
+    pub fn field(&self, name: &str, pointer: &str) -> serde_json::Value {
+        let info = self.run(&["info", name, "--format", "json"]).json();
+        let pointer = format!("/info/{name}{pointer}");
+        info.pointer(&pointer).cloned().unwrap_or_default()
+    }
+
+    /// The state that `list` shows.
+    pub fn state(&self, name: &str) -> String {
+        let list = self.run(&["list", "--format", "json"]).json();
+        let instances = list["list"].as_array().cloned().unwrap_or_default();
+        instances
+            .iter()
+            .find(|instance| instance["name"] == name)
+            .map_or_else(
+                || "none".to_owned(),
+                |i| i["state"].as_str().unwrap_or_default().to_owned(),
+            )
+    }
+
+    /// Pids of the machines that run on this storage, whoever started them.
+    pub fn machines(&self) -> Vec<i32> {
+        let run = self.storage().join("run/i");
+        let mut pids = Vec::new();
+        for entry in fs::read_dir(run).into_iter().flatten().flatten() {
+            let pid = fs::read_to_string(entry.path().join("qemu.pid")).unwrap_or_default();
+            pids.extend(pid.trim().parse::<i32>().ok().filter(|pid| is_alive(*pid)));
+        }
+        pids
+    }
+}
+
+fn is_alive(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail: Vec<&str> = log.lines().rev().take(60).collect();
+            eprintln!("--- the daemon's log ends with:");
+            for line in tail.iter().rev() {
+                eprintln!("{line}");
+            }
+        }
+        // The daemon first, so that it doesn't wonder where its machines are.
+        self.kill();
+        for pid in self.machines() {
+            let _ = Command::new("kill")
+                .args(["-KILL", &pid.to_string()])
+                .status();
+        }
+        if self.mounted {
+            let _ = Command::new("umount")
+                .arg("-l")
+                .arg(self.storage())
+                .status();
+        }
+        // What else was started in the namespace (dnsmasq, pasta and its keeper) is ours as well.
+        let pids = self.namespace.pids();
+        for pid in pids {
+            let _ = Command::new("kill").args(["-KILL", &pid]).status();
+        }
+    }
+}

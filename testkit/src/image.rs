@@ -1,0 +1,96 @@
+//! The one guest image that all tests share: built once by the real build host, kept in the target
+//! folder, and put into each daemon's store by hard links.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pileus_base::Reporter;
+use pileus_images::{Image, Store, StoreConfig};
+
+/// What tests call the image, and what it was made as.
+pub const SOURCE: &str = "build:debian-13";
+
+/// The image's folder in a store that outlives the tests. The first caller builds it (about a
+/// minute, over the machine's own network); others wait for it.
+///
+/// # Panics
+/// If the build fails.
+pub fn guest_image() -> PathBuf {
+    let root = store_root();
+    fs::create_dir_all(&root).expect("the store's folder can be made");
+    let lock = File::create(root.join("build.lock")).expect("a lock file can be made");
+    lock.lock().expect("the lock can be taken");
+    let image = obtain(&root);
+    image
+        .disk()
+        .parent()
+        .expect("a disk lies in its image's folder")
+        .to_owned()
+}
+
+fn obtain(root: &Path) -> Arc<Image> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime can be made");
+    runtime.block_on(async {
+        let store = Store::open(StoreConfig::new(root.join("images"))).expect("the store opens");
+        let reference = SOURCE.parse().expect("the name is well-formed");
+        store
+            .obtain(&reference, None, &Reporter::silent())
+            .await
+            .unwrap_or_else(|err| {
+                panic!("the guest image can't be built: {err}\n{:?}", err.details)
+            })
+    })
+}
+
+fn store_root() -> PathBuf {
+    let test = std::env::current_exe().expect("a test knows its own program");
+    let target = test
+        .ancestors()
+        .find(|folder| folder.ends_with("target"))
+        .map_or_else(
+            || std::env::temp_dir().join("pileus-target"),
+            Path::to_owned,
+        );
+    target.join("guest-image")
+}
+
+/// Puts the shared image into a store that no daemon has open.
+pub(crate) fn plant(image: &Path, store: &Path) {
+    let name = image
+        .file_name()
+        .expect("the folder is named by its digest");
+    let target = store.join(name);
+    copy_tree(image, &target);
+    let sources = image
+        .parent()
+        .expect("the store holds the image")
+        .join("sources");
+    copy_tree(&sources, &store.join("sources"));
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a folder can be made");
+    for entry in fs::read_dir(from)
+        .expect("the folder can be read")
+        .flatten()
+    {
+        let target = to.join(entry.file_name());
+        // Read-only and never changed: a link is as good as a copy. Another file system takes one.
+        if fs::hard_link(entry.path(), &target).is_err() {
+            let status = std::process::Command::new("cp")
+                .args(["--sparse=always", "-p"])
+                .arg(entry.path())
+                .arg(&target)
+                .status();
+            assert!(
+                status.is_ok_and(|s| s.success()),
+                "{} can't be copied",
+                entry.path().display()
+            );
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Requests that can't work: each with its own code and sentence, and nothing half-made left behind.
+
+use std::process::Command;
+
+use pileus_testkit::{Daemon, Need, Output, files_below, need};
+
+/// The launch must fail, and leave no instance, file, machine or stage.
+#[track_caller]
+fn refused(daemon: &Daemon, output: &Output, code: i32, words: &str) {
+    let stderr = output.fails_with(code);
+    assert!(stderr.contains(words), "{}: {stderr}", output.what);
+    assert_eq!(
+        daemon.run(&["list"]).ok(),
+        "No instances found.\n",
+        "{}",
+        output.what
+    );
+    assert!(daemon.machines().is_empty());
+    let instances = files_below(&daemon.storage().join("data/instances"));
+    assert!(instances.is_empty(), "{}: {instances:?}", output.what);
+    let stages = files_below(&daemon.storage().join("data/images/stage"));
+    assert!(stages.is_empty(), "{}: {stages:?}", output.what);
+}
+
+fn qemu_img(args: &[&str]) {
+    let status = Command::new("qemu-img")
+        .args(args)
+        .stdout(std::process::Stdio::null())
+        .status();
+    assert!(status.unwrap().success(), "qemu-img {args:?}");
+}
+
+#[test]
+fn fake_bad_requests() {
+    if !need(&[Need::Root, Need::Tun, Need::Program("qemu-img")]) {
+        return;
+    }
+    let daemon = Daemon::fake();
+    let image = format!("file://{}", daemon.fake_image().display());
+    let launch = |args: &[&str]| daemon.run(&[&["launch"], args].concat());
+
+    refused(&daemon, &launch(&["nonesuch"]), 2, "nonesuch");
+    refused(
+        &daemon,
+        &launch(&["file:///nonesuch.img"]),
+        2,
+        "nonesuch.img",
+    );
+    refused(&daemon, &launch(&[&image, "--name", "-x"]), 1, "");
+    refused(&daemon, &launch(&[&image, "--name", "a_b"]), 2, "a_b");
+    refused(
+        &daemon,
+        &launch(&[&image, "-m", "1CiG"]),
+        1,
+        "1CiG is not a valid memory size",
+    );
+    refused(
+        &daemon,
+        &launch(&[&image, "-m", "100M"]),
+        2,
+        "memory size value supplied: 100M",
+    );
+    refused(
+        &daemon,
+        &launch(&[&image, "-d", "512M"]),
+        2,
+        "disk size value supplied: 512M",
+    );
+    refused(&daemon, &launch(&[&image, "-c", "0"]), 1, "");
+    let wrong = format!("sha256:{}", "0".repeat(64));
+    refused(&daemon, &launch(&[&image, "--checksum", &wrong]), 2, "0000");
+
+    // cloud-init that isn't any.
+    let bad = daemon.run_with(&["launch", &image, "--cloud-init", "-"], b"a: [1, 2");
+    refused(&daemon, &bad, 2, "cloud-init");
+}
+
+#[test]
+fn fake_hostile_images() {
+    if !need(&[Need::Root, Need::Tun, Need::Program("qemu-img")]) {
+        return;
+    }
+    let daemon = Daemon::fake();
+    let folder = daemon.folder().to_owned();
+    let path = |name: &str| folder.join(name).display().to_string();
+    let secret = path("secret");
+    std::fs::write(&secret, vec![b's'; 1 << 20]).unwrap();
+
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        &secret,
+        "-F",
+        "raw",
+        &path("backing.qcow2"),
+    ]);
+    let data = format!("data_file={}", path("data.raw"));
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        &data,
+        &path("data.qcow2"),
+        "1M",
+    ]);
+    qemu_img(&["create", "-q", "-f", "qcow2", &path("good.qcow2"), "64M"]);
+    let good = std::fs::read(path("good.qcow2")).unwrap();
+    std::fs::write(path("cut.qcow2"), &good[..4096]).unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", &path("large.qcow2"), "8G"]);
+
+    for (name, words) in [
+        ("backing.qcow2", "backing"),
+        ("data.qcow2", "data"),
+        ("cut.qcow2", ""),
+    ] {
+        let url = format!("file://{}", path(name));
+        refused(&daemon, &daemon.run(&["launch", &url]), 2, words);
+    }
+    // The image is fine, the disk that was asked for is too small for it.
+    let url = format!("file://{}", path("large.qcow2"));
+    let small = daemon.run(&["launch", &url, "-d", "2G"]);
+    refused(&daemon, &small, 2, "below minimum for this image");
+    daemon.run(&["launch", &url, "--name", "large"]).ok();
+    assert_eq!(daemon.field("large", "/state"), "Running");
+}
+
+#[test]
+fn fake_host_lacks() {
+    if !need(&[Need::Root, Need::Tun]) {
+        return;
+    }
+    let mut daemon = Daemon::fake();
+    // No QEMU, and one that is too old.
+    let image = format!("file://{}", daemon.fake_image().display());
+    daemon.stop();
+    let script = daemon.folder().join("old-qemu");
+    std::fs::write(&script, "#!/bin/sh\necho 'QEMU emulator version 7.2.0'\n").unwrap();
+    Command::new("chmod")
+        .arg("755")
+        .arg(&script)
+        .status()
+        .unwrap();
+    for (program, words) in [
+        (script.display().to_string(), "7.2"),
+        ("/nonesuch/qemu".to_owned(), "nonesuch"),
+    ] {
+        let mut other = daemon.with_args(&["--qemu", &program]);
+        other.start_again();
+        refused(&other, &other.run(&["launch", &image]), 2, words);
+        other.stop();
+        daemon = other;
+    }
+}
+
+#[test]
+fn fake_full_disk() {
+    if !need(&[Need::Root, Need::Tun, Need::Program("mount")]) {
+        return;
+    }
+    // A storage on a file system of its own that is nearly full.
+    let daemon = Daemon::on_small_disk(540 << 20);
+    let image = format!("file://{}", daemon.fake_image().display());
+    let big = daemon.write_disk("big.raw", 60 << 20, 7);
+    let url = format!("file://{}", big.display());
+    let full = daemon.run(&["launch", &url]);
+    refused(&daemon, &full, 2, "");
+    let words = full.stderr.to_lowercase();
+    assert!(words.contains("space") || words.contains("room"), "{words}");
+    // What fits still works.
+    daemon.run(&["launch", &image, "--name", "small"]).ok();
+}
