@@ -8,20 +8,27 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use support::{Daemon, Ran, instance};
 
 /// Nobody: root's commands never start a daemon, so the test may not run as root.
 const USER: u32 = 65534;
 
+/// A program that another thread's fork still holds open for writing can't be run (ETXTBSY), so
+/// these tests, which write programs, don't run beside each other.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 struct Host {
     daemon: Daemon,
     dir: tempfile::TempDir,
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Host {
     /// `script` is the body of `pileusd`; `$SOCKET` is the socket of a daemon that answers.
     fn new(script: &str) -> Self {
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let daemon = Daemon::start(vec![instance("foo", "running")]);
         let dir = tempfile::tempdir().unwrap();
         let open = |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o777));
@@ -36,7 +43,11 @@ impl Host {
         for path in [&bin, &program, &bin.join("pileus")] {
             open(path).unwrap();
         }
-        Self { daemon, dir }
+        Self {
+            daemon,
+            dir,
+            _turn: turn,
+        }
     }
 
     fn storage(&self) -> PathBuf {
