@@ -319,6 +319,17 @@ impl Daemon {
         self.run(&["launch", &image, "--name", name])
     }
 
+    /// The folder of an instance's files.
+    ///
+    /// # Panics
+    /// If there isn't just one instance.
+    pub fn instance_folder(&self, name: &str) -> PathBuf {
+        let folders = fs::read_dir(self.storage().join("data/instances"));
+        let folders: Vec<_> = folders.into_iter().flatten().flatten().collect();
+        assert_eq!(folders.len(), 1, "{name} is not the only instance");
+        folders[0].path()
+    }
+
     /// One field of an instance, by the API's name.
     pub fn field(&self, name: &str, pointer: &str) -> serde_json::Value {
         let info = self.run(&["info", name, "--format", "json"]).json();
