@@ -1,6 +1,6 @@
 //! Long work: follow its events to the end, wait for it, cancel it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt};
 use pileus_api::{Operation, OperationEvent, OperationState, routes};
@@ -13,6 +13,8 @@ use crate::sse;
 
 /// One long poll; the daemon answers earlier when the operation is over.
 const POLL_SECONDS: u64 = 30;
+/// How long a daemon may be away while its operation is followed.
+const RESTART: Duration = Duration::from_secs(10);
 
 impl Client {
     pub async fn operations(&self) -> Result<Vec<Operation>> {
@@ -80,7 +82,20 @@ impl Client {
                 return Ok(*operation);
             }
         }
-        self.wait(operation.id).await
+        self.wait_through_restart(operation.id).await
+    }
+
+    /// Waits for an operation while its daemon may be restarting: the next one knows how it ended.
+    async fn wait_through_restart(&self, id: Uuid) -> Result<Operation> {
+        let deadline = Instant::now() + RESTART;
+        loop {
+            match self.wait(id).await {
+                Err(err) if err.code == Code::DaemonUnreachable && Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                result => return result,
+            }
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use axum::extract::ws::{Message, WebSocketUpgrade};
 use axum::http::StatusCode;
@@ -150,6 +151,42 @@ async fn a_stream_that_breaks_is_not_the_end_of_the_operation() {
     let done = client.follow(operation("running"), |_| ()).await.unwrap();
     assert_eq!(done.state, OperationState::Succeeded);
     assert_eq!(polls.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_restarted_daemon_tells_how_the_operation_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("sock");
+    let first = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let path = socket.clone();
+    // Answers with the head of a stream and dies.
+    std::thread::spawn(move || {
+        use std::io::{Read, Write};
+        let (mut stream, _) = first.accept().unwrap();
+        let _ = stream.read(&mut [0; 4096]).unwrap();
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n: hi\n\n";
+        stream.write_all(head.as_bytes()).unwrap();
+        std::fs::remove_file(path).unwrap();
+    });
+    let client = Client::new(&socket).unwrap();
+    let follow = client.follow(operation("running"), |_| ());
+    let restart = async {
+        while socket.exists() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let wait = get(async || {
+            let mut ended = operation("failed");
+            ended.error = Some(Error::new(Code::Interrupted, "The daemon ended").into());
+            Json(ended)
+        });
+        let router = Router::new().route("/v1/operations/{id}/wait", wait);
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        tokio::spawn(async move { axum::serve(listener, router).await });
+    };
+    let (done, ()) = tokio::join!(follow, restart);
+    let err = into_result(done.unwrap()).unwrap_err();
+    assert_eq!(err.code, Code::Interrupted);
 }
 
 #[tokio::test]
