@@ -4,8 +4,10 @@
 //! guest_channel seed DIR [USER_DATA]     makes DIR/seed.iso and keys (MAC 52:54:00:12:34:56)
 //! guest_channel wait DIR                 waits for hello and for cloud-init, with times
 //! guest_channel report DIR
+//! guest_channel follow DIR SECONDS       every change that the link tells, with times
 //! guest_channel exec DIR COMMAND…        one command; its exit code is ours
 //! guest_channel shell DIR                the login shell with a terminal of 80×24 (lines in, lines out)
+//! guest_channel tcp DIR ADDRESS COMMAND… over the network instead of the port
 //! guest_channel measure DIR              connection, second command, 100 MiB each way
 //! guest_channel stall DIR                a sleeping reader must not hold up other commands
 //! ```
@@ -33,10 +35,15 @@ async fn main() {
     let done = match words.as_slice() {
         ["seed", dir, rest @ ..] => make_seed(Path::new(dir), rest.first().copied()),
         ["wait", dir] => wait(Path::new(dir)).await,
+        ["follow", dir, seconds] => follow(Path::new(dir), seconds).await,
         ["report", dir] => report(Path::new(dir)).await,
         ["exec", dir, command @ ..] => {
             let command = command.iter().map(|c| (*c).to_owned()).collect();
-            run(Path::new(dir), command, None).await
+            run(pool(Path::new(dir)), command, None).await
+        }
+        ["tcp", dir, address, command @ ..] => {
+            let command = command.iter().map(|c| (*c).to_owned()).collect();
+            run(tcp_pool(Path::new(dir), address), command, None).await
         }
         ["shell", dir] => {
             let tty = Tty {
@@ -45,7 +52,7 @@ async fn main() {
                 rows: 24,
                 modes: vec![],
             };
-            run(Path::new(dir), vec![], Some(tty)).await
+            run(pool(Path::new(dir)), vec![], Some(tty)).await
         }
         ["measure", dir] => measure(Path::new(dir)).await,
         ["stall", dir] => stall(Path::new(dir)).await,
@@ -105,6 +112,16 @@ fn pool(dir: &Path) -> Result<SshPool> {
     Ok(SshPool::new(access, "ubuntu", InstanceKeys::load(dir)?))
 }
 
+fn tcp_pool(dir: &Path, address: &str) -> Result<SshPool> {
+    let access = Access::Tcp {
+        address: address
+            .parse()
+            .map_err(|err| Error::internal(format!("{address}: {err}")))?,
+        pin_file: dir.join("pinned_host_key"),
+    };
+    Ok(SshPool::new(access, "ubuntu", InstanceKeys::load(dir)?))
+}
+
 async fn wait(dir: &Path) -> Result<i32> {
     let start = Instant::now();
     let link = link(dir);
@@ -115,14 +132,42 @@ async fn wait(dir: &Path) -> Result<i32> {
     Ok(0)
 }
 
+async fn follow(dir: &Path, seconds: &str) -> Result<i32> {
+    let start = Instant::now();
+    let end = Duration::from_secs(seconds.parse().unwrap_or(60));
+    let link = link(dir);
+    let (mut hello, mut state, mut report) = (link.hello(), link.cloud_init(), link.report());
+    let rest = tokio::time::sleep(end);
+    tokio::pin!(rest);
+    loop {
+        let what = tokio::select! {
+            () = &mut rest => return Ok(0),
+            _ = hello.changed() => match hello.borrow_and_update().as_ref() {
+                Some(hello) => format!("hello, boot {}", hello.boot_id),
+                None => "agent gone".into(),
+            },
+            _ = state.changed() => {
+                let state = state.borrow_and_update();
+                format!("cloud-init {:?} {:?} {:?}", state.state, state.stage, state.errors)
+            }
+            _ = report.changed() => {
+                let report = report.borrow_and_update();
+                let ips: Vec<_> = report.iter().flat_map(|r| r.ipv4()).collect();
+                format!("report, addresses {ips:?}")
+            }
+        };
+        println!("{:6.2} s  {what}", start.elapsed().as_secs_f32());
+    }
+}
+
 async fn report(dir: &Path) -> Result<i32> {
     let report = link(dir).fresh_report(Duration::from_secs(10)).await?;
     println!("{report:#?}");
     Ok(0)
 }
 
-async fn run(dir: &Path, command: Vec<String>, tty: Option<Tty>) -> Result<i32> {
-    let pool = pool(dir)?;
+async fn run(pool: Result<SshPool>, command: Vec<String>, tty: Option<Tty>) -> Result<i32> {
+    let pool = pool?;
     let spec = ExecSpec {
         command,
         tty,

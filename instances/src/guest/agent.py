@@ -479,11 +479,15 @@ def ensure_user(paths, name, uid=1000):
     elif user.pw_uid != uid:
         note = "%s has uid %d" % (name, user.pw_uid)
     # Once an instance: who takes the rule away later does not get it back.
-    marker = os.path.join(paths.etc, "sudo-" + name)
+    marker = sudo_marker(paths, name)
     if os.path.isdir("/etc/sudoers.d") and not os.path.exists(marker):
         write_file("/etc/sudoers.d/90-pileus-" + name, name + " ALL=(ALL) NOPASSWD:ALL\n", 0o440)
         write_file(marker, "", 0o600)
     return {"user": name, "uid": user.pw_uid, "home": user.pw_dir, "created": created, "note": note}
+
+
+def sudo_marker(paths, name):
+    return os.path.join(paths.etc, "sudo-" + name)
 
 
 def has_group(name):
@@ -758,8 +762,10 @@ class Agent:
             user = pwd.getpwnam(name)
             return {"user": name, "uid": user.pw_uid, "home": user.pw_dir}
         deadline = time.monotonic() + max(0.0, min(wait, 600.0))
+        # In a later boot the user is there already.
+        known = user_by_name(name) and os.path.exists(sudo_marker(self.paths, name))
         # pam_nologin refuses everybody but root until the boot has come far enough.
-        while not users_are_made(self.paths.cloud) or os.path.exists("/run/nologin"):
+        while not (known or users_are_made(self.paths.cloud)) or os.path.exists("/run/nologin"):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)

@@ -39,6 +39,7 @@ use uuid::Uuid;
 
 use super::agent::AgentLink;
 use super::keys::InstanceKeys;
+use super::wire::Hello;
 
 /// The agent may have to wait until cloud-init has made the login user.
 const USER_WAIT: Duration = Duration::from_secs(120);
@@ -307,10 +308,8 @@ fn watch_end(
 ) -> impl Future<Output = ()> + Send + 'static {
     let mut ends = link.ssh_ends();
     let mut hello = link.hello();
-    let boot_id = hello
-        .borrow_and_update()
-        .as_ref()
-        .map(|h| h.boot_id.clone());
+    let known = |hello: &Option<Hello>| hello.as_ref().map(|h| h.boot_id.clone());
+    let mut boot_id = known(&hello.borrow_and_update());
     async move {
         let ended = async {
             loop {
@@ -321,8 +320,10 @@ fn watch_end(
                         _ => {}
                     },
                     changed = hello.changed() => {
-                        let now = hello.borrow_and_update().as_ref().map(|h| h.boot_id.clone());
+                        let now = known(&hello.borrow_and_update());
                         let another = now.is_some() && boot_id.is_some() && now != boot_id;
+                        // The first hello may come after the beginning.
+                        boot_id = boot_id.or(now);
                         if changed.is_err() || another {
                             return;
                         }
