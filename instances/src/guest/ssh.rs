@@ -43,6 +43,7 @@ use super::wire::Hello;
 
 /// The agent may have to wait until cloud-init has made the login user.
 const USER_WAIT: Duration = Duration::from_secs(120);
+const HELLO_WAIT: Duration = Duration::from_secs(30);
 /// sshd's greeting, key exchange and login, in a guest without hardware virtualisation.
 const LOGIN_BOUND: Duration = Duration::from_secs(60);
 const OPEN_BOUND: Duration = Duration::from_secs(30);
@@ -344,6 +345,10 @@ async fn agreed_stream(
     socket: &Path,
     nonce: &str,
 ) -> Result<BufReader<UnixStream>> {
+    // Without an agent there is nobody to agree with; a guest that boots gets a moment.
+    timeout(HELLO_WAIT, link.wait_hello())
+        .await
+        .unwrap_or_else(|_| Err(late("answer with its agent", HELLO_WAIT)))?;
     let args = json!({ "nonce": nonce, "port": port, "wait": USER_WAIT.as_secs() });
     let bound = USER_WAIT + Duration::from_secs(15);
     link.request("ssh-open", args, bound).await?;
