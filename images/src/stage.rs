@@ -109,6 +109,7 @@ pub(crate) fn sweep(stages: &Path) -> Result<usize> {
 }
 
 fn clear(folder: &Path) -> Result<()> {
+    unmount_below(folder)?;
     if let Ok(bytes) = files::read_bounded(&folder.join(SCRATCH), 4096) {
         use std::os::unix::ffi::OsStrExt;
         let scratch = Path::new(std::ffi::OsStr::from_bytes(&bytes));
@@ -132,6 +133,62 @@ fn clear(folder: &Path) -> Result<()> {
         return files::remove_folder(folder);
     }
     files::remove_file(folder)
+}
+
+/// Takes away what is mounted below a folder that is going to be removed. A build has mounts of its
+/// own namespace only; should one ever show here, removing files must not walk into it.
+fn unmount_below(folder: &Path) -> Result<()> {
+    for point in mounts_below(folder)?.iter().rev() {
+        tracing::warn!(mount = %point.display(), "unmounting a leftover");
+        rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH)
+            .map_err(std::io::Error::from)
+            .io(format_args!("Unmounting {}", point.display()))?;
+    }
+    match mounts_below(folder)?.first() {
+        Some(point) => Err(Error::internal(format!(
+            "{} is still mounted",
+            point.display()
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn mounts_below(folder: &Path) -> Result<Vec<PathBuf>> {
+    let folder = folder
+        .canonicalize()
+        .io(format_args!("Looking at {}", folder.display()))?;
+    let mounts = std::fs::read("/proc/self/mountinfo").io("Reading the mounts")?;
+    Ok(mounts
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
+        .map(unescape)
+        .filter(|point| point.starts_with(&folder))
+        .collect())
+}
+
+/// Undoes the `\040` of mountinfo.
+fn unescape(text: &[u8]) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt;
+    let mut bytes = Vec::new();
+    let mut rest = text;
+    while let [first, tail @ ..] = rest {
+        match tail {
+            [
+                a @ b'0'..=b'3',
+                b @ b'0'..=b'7',
+                c @ b'0'..=b'7',
+                after @ ..,
+            ] if *first == b'\\' => {
+                bytes.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
+                rest = after;
+            }
+            _ => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    std::ffi::OsString::from_vec(bytes).into()
 }
 
 fn name(path: &Path) -> String {
@@ -162,6 +219,17 @@ mod tests {
         let folder = stage.folder.clone();
         drop(stage);
         assert!(!folder.exists());
+    }
+
+    #[test]
+    fn mount_points_are_read_as_written() {
+        assert_eq!(unescape(b"/a\\040b\\134c"), Path::new("/a b\\c"));
+        assert_eq!(unescape(b"/a\\04"), Path::new("/a\\04"));
+        assert!(
+            mounts_below(Path::new("/"))
+                .unwrap()
+                .contains(&"/proc".into())
+        );
     }
 
     #[test]

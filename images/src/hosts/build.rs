@@ -283,7 +283,25 @@ fn outputs(draft: &Draft) -> Result<Vec<FdMapping>> {
 }
 
 fn mmdebstrap(work: &Work<'_>, recipe: &Recipe, root: bool, mirror: Option<&Mirror>) -> Command {
-    let mut command = Command::new(&work.tools.mmdebstrap);
+    // Root's mmdebstrap mounts in the namespace that it is in, and its processes outlive it. In
+    // namespaces of their own, mounts and processes are gone as soon as this program is, also when it
+    // is killed. Without root mmdebstrap makes them itself.
+    let mut command = if root {
+        let mut command = Command::new("unshare");
+        command
+            .args([
+                "--mount",
+                "--propagation=private",
+                "--pid",
+                "--fork",
+                "--kill-child",
+            ])
+            .args(["--mount-proc", "--"])
+            .arg(&work.tools.mmdebstrap);
+        command
+    } else {
+        Command::new(&work.tools.mmdebstrap)
+    };
     let hook = format!("LABEL={LABEL} CMDLINE='{CONSOLE}' DISK_MIB={DISK_MIB}\n{CUSTOMIZE}");
     command
         .arg(if root {

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use pileus_base::Reporter;
-use pileus_images::{ImageRef, Store};
+use pileus_images::{ImageRef, Store, StoreConfig};
 
 use crate::support::*;
 
@@ -34,7 +34,7 @@ fn wait_for<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
         if let Some(value) = poll() {
             return value;
         }
-        assert!(begin.elapsed() < Duration::from_secs(30), "no {what}");
+        assert!(begin.elapsed() < Duration::from_secs(90), "no {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -43,13 +43,31 @@ fn is_running(pid: i32) -> bool {
     pileus_base::process::ProcessId::of(pid).is_some()
 }
 
-fn start_helper(root: &Path) -> std::process::Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "crash::helper", "--ignored"])
+/// Ends with the test, however that ends.
+struct Helper(std::process::Child);
+
+impl Helper {
+    fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn start(root: &Path, helper: &str) -> Helper {
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", helper, "--ignored"])
         .env(ROOT, root)
         .stdout(Stdio::null())
         .spawn()
-        .unwrap()
+        .unwrap();
+    Helper(child)
 }
 
 #[tokio::test]
@@ -76,7 +94,7 @@ async fn the_next_store_cleans_up_after_a_kill() {
     std::fs::write(&slow, script).unwrap();
     std::fs::set_permissions(&slow, std::fs::Permissions::from_mode(0o755)).unwrap();
 
-    let mut helper = start_helper(root);
+    let mut helper = start(root, "crash::helper");
     let tool: i32 = wait_for("program at work", || {
         std::fs::read_to_string(&pid_file).ok()?.trim().parse().ok()
     });
@@ -91,8 +109,7 @@ async fn the_next_store_cleans_up_after_a_kill() {
     );
     drop(store);
 
-    helper.kill().unwrap();
-    helper.wait().unwrap();
+    helper.kill();
     assert!(is_running(tool), "the program outlives the daemon");
     let store = Store::open(config(&root.join("images"))).unwrap();
     wait_for("end of the leftover program", || {
@@ -110,4 +127,57 @@ async fn the_next_store_cleans_up_after_a_kill() {
         .await
         .unwrap();
     assert!(std::fs::read(image.disk()).unwrap() == disk());
+}
+
+/// Not a test of its own: the process that is killed while mmdebstrap works.
+#[tokio::test]
+#[ignore = "run by a_real_build_is_swept_after_a_kill"]
+async fn build_helper() {
+    let Some(root) = std::env::var_os(ROOT).map(PathBuf::from) else {
+        eprintln!("SKIPPED: only useful as a helper process");
+        return;
+    };
+    let store = Store::open(StoreConfig::new(root.join("images"))).unwrap();
+    let reference = "build:debian-13".parse().unwrap();
+    let _ = store.obtain(&reference, None, &Reporter::silent()).await;
+}
+
+#[test]
+#[ignore = "needs a Debian archive; run by name"]
+fn a_real_build_is_swept_after_a_kill() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let stage = root.join("images/stage");
+    let mut helper = start(root, "crash::build_helper");
+    // Packages are being unpacked: mounts are there, and many processes.
+    let id = wait_for("root in the making", || {
+        let id = std::fs::read_dir(&stage).ok()?.next()?.ok()?;
+        let mut made = std::fs::read_dir(id.path().join("tmp")).ok()?.flatten();
+        made.any(|root| root.path().join("usr/bin/dpkg").exists())
+            .then(|| id.file_name().into_string().unwrap())
+    });
+    std::thread::sleep(Duration::from_secs(2));
+    helper.kill();
+    assert!(!at_work(&id).is_empty(), "mmdebstrap outlives the daemon");
+    let begin = Instant::now();
+    Store::open(StoreConfig::new(root.join("images"))).unwrap();
+    eprintln!("swept in {:?}", begin.elapsed());
+    assert_eq!(std::fs::read_dir(&stage).unwrap().count(), 0);
+    assert_eq!(at_work(&id), Vec::<i32>::new());
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains(text(root)), "{mounts}");
+}
+
+/// The processes that have the stage's name in their environment.
+fn at_work(id: &str) -> Vec<i32> {
+    let mark = format!("PILEUS_STAGE={id}");
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid: &i32| {
+            std::fs::read(format!("/proc/{pid}/environ"))
+                .is_ok_and(|environ| environ.split(|b| *b == 0).any(|e| e == mark.as_bytes()))
+        })
+        .collect()
 }
