@@ -12,7 +12,7 @@
 //! guest_channel stall DIR                a sleeping reader must not hold up other commands
 //! ```
 //!
-//! DIR is where QEMU has `agent.sock` and `ssh.sock` (and `ssh1.sock` for a second port).
+//! DIR is where QEMU has `agent.sock` and `ssh0.sock` (and `ssh1.sock` for a second port).
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -101,7 +101,7 @@ fn link(dir: &Path) -> AgentLink {
 }
 
 fn pool(dir: &Path) -> Result<SshPool> {
-    let mut ports: Vec<(String, PathBuf)> = vec![("pileus.ssh.0".into(), dir.join("ssh.sock"))];
+    let mut ports: Vec<(String, PathBuf)> = vec![("pileus.ssh.0".into(), dir.join("ssh0.sock"))];
     if dir.join("ssh1.sock").exists() {
         ports.push(("pileus.ssh.1".into(), dir.join("ssh1.sock")));
     }

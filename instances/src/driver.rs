@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use pileus_api::CloudInitStatus;
 use pileus_base::process::ProcessId;
 use pileus_base::{InstanceName, Reporter, Result, Size, files};
 use tokio::sync::{broadcast, mpsc};
@@ -255,7 +256,15 @@ impl Vm for RunningVm {
                         return VmEvent::Exited { reason: self.reason(exit) };
                     }
                 },
-                Some(event) = self.guest_events.recv() => return VmEvent::Guest(event),
+                Some(event) = self.guest_events.recv() => {
+                    if let GuestEvent::CloudInit(told) = &event
+                        && told.status != CloudInitStatus::Running
+                    {
+                        let guest = self.guest.clone();
+                        tokio::spawn(async move { guest.warm_up().await });
+                    }
+                    return VmEvent::Guest(event);
+                }
             }
         }
     }
@@ -268,7 +277,10 @@ impl RunningVm {
                 self.orderly = true;
                 Some(VmEvent::Shutdown { by_guest: guest })
             }
-            qemu::VmEvent::Reset { .. } => Some(VmEvent::Reset),
+            qemu::VmEvent::Reset { .. } => {
+                self.guest.was_reset();
+                Some(VmEvent::Reset)
+            }
             qemu::VmEvent::Panicked => Some(VmEvent::Panicked),
             qemu::VmEvent::DiskError { no_space, reason } => {
                 Some(VmEvent::DiskError { no_space, reason })

@@ -77,6 +77,15 @@ impl CommandError {
             .into()
     }
 
+    /// A bound that the user gave was reached in the daemon: the exit code is that of a time-out.
+    #[must_use]
+    pub fn by_time(mut self) -> Self {
+        if matches!(self.error.code, Code::BootTimeout | Code::CloudInitTimeout) {
+            self.kind = Kind::TimedOut;
+        }
+        self
+    }
+
     pub fn timed_out(message: impl Into<String>) -> Self {
         Self::new(Kind::TimedOut, Error::new(Code::TimedOut, message))
     }

@@ -152,6 +152,30 @@ pub(crate) async fn operate(
     Err(CommandError::several(errors))
 }
 
+/// Waits for work that the daemon bounds itself by the user's `--timeout` (once for the boot, once for
+/// cloud-init), so that its error, with the console's last lines, is the one that is shown. Should the
+/// daemon say nothing, the client gives up on its own.
+pub(crate) async fn within_daemons<T>(
+    timeout: Option<u64>,
+    message: &str,
+    work: impl Future<Output = Result<T, CommandError>>,
+) -> Result<T, CommandError> {
+    within(timeout.map(patience), message, work)
+        .await
+        .map_err(|err| {
+            if timeout.is_some() {
+                err.by_time()
+            } else {
+                err
+            }
+        })
+}
+
+/// Seconds that a client waits for a daemon that has `timeout` for each of two phases.
+pub(crate) fn patience(timeout: u64) -> u64 {
+    timeout.saturating_mul(2).saturating_add(5)
+}
+
 /// Ends `work` with the exit code of a time-out if the user's `--timeout` is over first.
 pub(crate) async fn within<T>(
     timeout: Option<u64>,

@@ -238,7 +238,8 @@ impl Service {
                 user_data: user_data.as_deref(),
                 nics: &[SeedNic {
                     mac: row.mac.clone(),
-                    optional: true,
+                    // User data may need the network: packages, includes.
+                    optional: false,
                 }],
                 keys: &keys,
                 timezone: timezone.as_deref(),

@@ -12,12 +12,13 @@ use pileus_base::{Code, Error, Result};
 use serde_json::json;
 use tokio::time::Instant;
 
+use super::LOGIN_USER;
 use super::agent::AgentLink;
 use super::exec::{ExecSession, ExecSpec};
 use super::keys::InstanceKeys;
 use super::ssh::{Access, SshPool};
-use super::{LOGIN_USER, SSH_PORT};
 use crate::qemu::Paths;
+use crate::qemu::spec::{SSH_PORTS, ssh_port};
 
 /// How long a command waits for an agent that is starting (a guest that reboots, a daemon that has
 /// just started) before it tries the network.
@@ -46,7 +47,9 @@ impl Guest {
         let agent = AgentLink::connect(paths.agent());
         let port = Access::Agent {
             link: agent.clone(),
-            ports: vec![(SSH_PORT.to_owned(), paths.ssh())],
+            ports: (0..SSH_PORTS)
+                .map(|number| (ssh_port(number), paths.ssh(number)))
+                .collect(),
         };
         let network = Access::Tcp {
             address: SocketAddr::from((address, 22)),
@@ -74,6 +77,18 @@ impl Guest {
     /// Runs a command or a shell.
     pub async fn exec(&self, spec: &ExecSpec) -> Result<ExecSession> {
         self.way().await?.exec(spec).await
+    }
+
+    /// Opens the first connection ahead of the first command; failing is no matter.
+    pub async fn warm_up(&self) {
+        if self.shared.agent.hello().borrow().is_some() {
+            let _ = self.shared.port.warm_up().await;
+        }
+    }
+
+    /// The guest was reset: its agent comes up anew, and what was open is gone.
+    pub fn was_reset(&self) {
+        self.shared.agent.reconnect();
     }
 
     /// The pool to use now.

@@ -2,7 +2,7 @@
 //! channel, which costs tens of milliseconds, where a new connection costs the guest a second.
 //!
 //! ```text
-//!  pool ─┬─ slot 0: ssh.sock    opened when first needed; agreed with the agent (below)
+//!  pool ─┬─ slot 0: ssh0.sock   opened when first needed; agreed with the agent (below)
 //!        ├─ slot 1: …           used only while a slow reader holds up slot 0
 //!        └─ or the guest's IP, port 22: for images that can't run the agent
 //!

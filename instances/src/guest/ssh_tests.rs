@@ -221,7 +221,8 @@ async fn a_terminal_has_its_size_and_takes_signals() {
         rows: 37,
         modes: vec![(53, 0)], // ECHO off
     };
-    let script = "echo $TERM; stty size; trap 'stty size; exit 5' WINCH; \
+    // The trap first: what is printed after it tells that it is set.
+    let script = "trap 'stty size; exit 5' WINCH; echo $TERM; stty size; \
                   while :; do sleep 0.1; done";
     let mut session = guest
         .exec(&ExecSpec {

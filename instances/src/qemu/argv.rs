@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use pileus_base::Result;
 
-use super::spec::{AGENT_PORT, Accelerator, Boot, MachineSpec, Port, SSH_PORT};
+use super::spec::{AGENT_PORT, Accelerator, Boot, MachineSpec, Port, SSH_PORTS, ssh_port};
 
 /// Something that QEMU inherits as a descriptor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -233,12 +233,17 @@ impl Builder<'_> {
             "-device",
             "virtio-serial-pci,id=ports,bus=pcie.0,addr=0x4,disable-legacy=on",
         );
-        let ports = [
-            ("agent", spec.paths.agent(), AGENT_PORT),
-            ("ssh", spec.paths.ssh(), SSH_PORT),
-        ];
+        let mut ports = vec![(
+            "agent".to_owned(),
+            spec.paths.agent(),
+            AGENT_PORT.to_owned(),
+        )];
+        for number in 0..SSH_PORTS {
+            let (id, path) = (format!("ssh{number}"), spec.paths.ssh(number));
+            ports.push((id, path, ssh_port(number)));
+        }
         for (nr, (id, path, name)) in (1..).zip(ports) {
-            self.listener(id, path, "")?;
+            self.listener(&id, path, "")?;
             self.option(
                 "-device",
                 format!("virtserialport,id=port-{id},bus=ports.0,nr={nr},chardev={id},name={name}"),

@@ -123,9 +123,9 @@ impl Paths {
         self.run.join("agent.sock")
     }
 
-    /// The virtio-serial port that carries SSH.
-    pub fn ssh(&self) -> PathBuf {
-        self.run.join("ssh.sock")
+    /// A virtio-serial port that carries SSH, below [`SSH_PORTS`].
+    pub fn ssh(&self, number: u8) -> PathBuf {
+        self.run.join(format!("ssh{number}.sock"))
     }
 
     /// The serial console, both ways; one client at a time.
@@ -138,9 +138,16 @@ impl Paths {
     }
 }
 
-/// Names of the two virtio-serial ports, as the guest sees them in `/dev/virtio-ports/`.
+/// Name of the agent's virtio-serial port, as the guest sees it in `/dev/virtio-ports/`.
 pub const AGENT_PORT: &str = "pileus.agent.0";
-pub const SSH_PORT: &str = "pileus.ssh.0";
+/// How many ports carry SSH: one connection each, so that a session whose reader sleeps holds up
+/// only those that share its connection (`instances/src/guest/ssh.rs`).
+pub const SSH_PORTS: u8 = 4;
+
+/// Name of a port for SSH, as the guest sees it.
+pub fn ssh_port(number: u8) -> String {
+    format!("pileus.ssh.{number}")
+}
 
 /// A PCIe root port that a device can be plugged into.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

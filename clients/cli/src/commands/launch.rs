@@ -1,13 +1,16 @@
 //! `pileus launch`: asks for a new instance, shows how it comes up, and names it at the end.
 
+use std::cell::Cell;
 use std::path::Path;
 use std::time::Duration;
 
 use pileus_api::{
-    Blob, Code, Digest, InstanceName, LaunchRequest, Operation, OperationState, Size,
+    Blob, Code, Digest, InstanceName, LaunchRequest, Operation, OperationEvent, OperationState,
+    Phase, Size,
 };
 use pileus_base::Error;
 use pileus_client::Client;
+use tokio::time::Instant;
 
 use crate::context::Context;
 use crate::environment::time_zone;
@@ -75,12 +78,17 @@ pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
     line.end(&operation);
     drop(line);
     if operation.state != OperationState::Succeeded {
-        return Err(CommandError::of_operation(operation));
+        let error = CommandError::of_operation(operation);
+        return Err(match request.timeout {
+            Some(_) => error.by_time(),
+            None => error,
+        });
     }
     context.print(&format!("Launched: {name}\n"))
 }
 
-/// Follows the launch to its end; the first Ctrl-C cancels it, the second leaves it alone.
+/// Follows the launch to its end; the first Ctrl-C cancels it, the second leaves it alone. The user's
+/// time-out holds for getting the image, and anew for the boot, which the daemon itself bounds.
 async fn follow(
     client: &Client,
     operation: Operation,
@@ -90,12 +98,25 @@ async fn follow(
 ) -> Result<Operation, CommandError> {
     let id = operation.id;
     let say = line.speaker();
-    let mut work = Box::pin(client.follow(operation, |event| line.event(event)));
-    let mut deadline = Box::pin(async {
-        match timeout {
-            Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds)).await,
-            None => std::future::pending().await,
+    let after = |seconds| Instant::now() + Duration::from_secs(seconds);
+    let until = Cell::new(timeout.map(after));
+    let mut work = Box::pin(client.follow(operation, |event| {
+        if let OperationEvent::Phase {
+            phase: Phase::Starting,
+        } = event
+        {
+            until.set(timeout.map(several::patience).map(after));
         }
+        line.event(event);
+    }));
+    let mut deadline = Box::pin(async {
+        while let Some(at) = until.get() {
+            if at <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(at).await;
+        }
+        std::future::pending().await
     });
     let mut cancelled_by = None;
     loop {

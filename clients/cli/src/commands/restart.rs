@@ -29,5 +29,5 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
     let work = several::operate(context, &client, &names, async |client, name| {
         client.restart(name, &request).await
     });
-    several::within(timeout, "Timed out waiting for instance to restart.", work).await
+    several::within_daemons(timeout, "Timed out waiting for instance to restart.", work).await
 }

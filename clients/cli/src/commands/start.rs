@@ -38,7 +38,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
     let work = several::operate(context, &client, &names, async |client, name| {
         client.start(name, &request).await
     });
-    several::within(timeout, "Timed out waiting for instance to start.", work).await
+    several::within_daemons(timeout, "Timed out waiting for instance to start.", work).await
 }
 
 /// This command has texts of its own for names that can't be used.
