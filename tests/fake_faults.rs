@@ -82,8 +82,9 @@ fn fake_daemon_killed_at_any_moment_of_a_launch() {
             .unwrap();
         std::thread::sleep(Duration::from_millis(10 + round * 20));
         daemon.kill();
-        launch.wait().unwrap();
         daemon.start_again();
+        // The client that waited hears how it ended.
+        launch.wait().unwrap();
         let state = wait_until("the instance is whole or gone", 20, || {
             let state = daemon.state(&name);
             (state == "none" || state == "Running").then_some(state)

@@ -157,6 +157,49 @@ fn fake_host_lacks() {
     }
 }
 
+/// A member of the daemon's group launches from files that the member may read, and from no others.
+#[test]
+fn fake_files_of_others() {
+    if !need(&[Need::Root, Need::Tun, Need::Program("setpriv")]) {
+        return;
+    }
+    let daemon = Daemon::start(pileus_testkit::Options {
+        args: vec!["--group".into(), "nogroup".into()],
+        ..pileus_testkit::Options::fake()
+    });
+    let mine = daemon.write_disk("mine.raw", 1 << 20, 1);
+    let roots = daemon.write_disk("roots.raw", 1 << 20, 2);
+    let mode = |path: &std::path::Path, mode: u32| {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(path, mode).unwrap();
+    };
+    mode(&mine, 0o644);
+    mode(&roots, 0o600);
+    let launch = |path: &std::path::Path| {
+        let url = format!("file://{}", path.display());
+        let output = daemon
+            .inside(std::path::Path::new("setpriv"))
+            .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"])
+            .arg(pileus_testkit::program("pileus"))
+            .arg("--socket")
+            .arg(daemon.socket())
+            .args(["launch", &url, "--name", "foo"])
+            .output()
+            .unwrap();
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    };
+    let (code, words) = launch(&roots);
+    assert_eq!(code, Some(2), "{words}");
+    assert!(words.contains("may not read"), "{words}");
+    assert_eq!(daemon.run(&["list"]).ok(), "No instances found.\n");
+    let (code, words) = launch(&mine);
+    assert_eq!(code, Some(0), "{words}");
+    assert_eq!(daemon.state("foo"), "Running");
+}
+
 #[test]
 fn fake_full_disk() {
     if !need(&[Need::Root, Need::Tun, Need::Program("mount")]) {

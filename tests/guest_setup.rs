@@ -72,3 +72,21 @@ fn guest_from_a_compressed_file_by_firmware() {
     daemon.run(&["stop", "foo"]).ok();
     assert_eq!(daemon.state("foo"), "Stopped");
 }
+
+/// A guest whose user refused our vendor data has no agent: it is reached over the network.
+#[test]
+fn guest_without_an_agent() {
+    if !need(&[Need::Root, Need::Tun, Need::Guest]) {
+        return;
+    }
+    let daemon = Daemon::start(Options::real());
+    let user_data = b"#cloud-config\nvendor_data: {enabled: false}\n";
+    let launch = daemon.run_with(&["launch", "--name", "foo", "--cloud-init", "-"], user_data);
+    assert_eq!(launch.ok_with_words(), "Launched: foo\n");
+    let agent = daemon.run(&["exec", "foo", "--", "ls", "/usr/local/lib/pileus"]);
+    assert_ne!(agent.code(), 0, "it has an agent: {}", agent.text());
+    let through = daemon.run_with(&["exec", "foo", "--", "cat"], b"over the network");
+    assert_eq!(through.ok(), "over the network");
+    assert_ne!(daemon.field("foo", "/ipv4/0"), serde_json::Value::Null);
+    daemon.run(&["stop", "foo"]).ok();
+}

@@ -24,6 +24,15 @@ pub struct Args {
     #[arg(long, value_name = "NAME", default_value = "pileus")]
     pub group: String,
 
+    /// Name of the private network's bridge; two daemons in one network need two.
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "pileus0",
+        env = "PILEUS_BRIDGE"
+    )]
+    pub bridge: String,
+
     /// The hypervisor to use instead of the one on the PATH.
     #[arg(long, value_name = "PROGRAM", env = "PILEUS_QEMU")]
     pub qemu: Option<PathBuf>,

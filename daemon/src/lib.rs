@@ -59,9 +59,9 @@ pub async fn run(args: &Args, layout: Layout, mode: Mode, lock: files::Lock) -> 
         Mode::User(_) => None,
     };
     let socket = args.socket.clone().unwrap_or_else(|| layout.socket());
-    let listener = match listener::inherited()? {
-        Some(listener) => listener,
-        None => listener::bind(&socket, group)?,
+    let (listener, ours) = match listener::inherited()? {
+        Some(listener) => (listener, false),
+        None => (listener::bind(&socket, group)?, true),
     };
     let (service, resumed) = start(args, layout, mode).await?;
     let instances = tokio::spawn({
@@ -73,7 +73,10 @@ pub async fn run(args: &Args, layout: Layout, mode: Mode, lock: files::Lock) -> 
     let served = serve(listener, service.clone(), stop).await;
     notify(&[sd_notify::NotifyState::Stopping]);
     let _ = instances.await;
-    files::remove_file(&socket)?;
+    // systemd goes on listening on a socket of its own.
+    if ours {
+        files::remove_file(&socket)?;
+    }
     leave(&service).await;
     drop(lock);
     served
@@ -85,7 +88,7 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
     let hub = Hub::new();
     let (rows, broken) = recover::clean_up(&state, &layout).await?;
     let store = Store::open(StoreConfig::new(layout.images()))?;
-    let network = start_network(&state, &layout, &mode).await?;
+    let network = start_network(&args.bridge, &state, &layout, &mode).await?;
     let instances: Vec<_> = rows
         .into_iter()
         .map(|row| Instance::new(row, state.clone(), hub.clone()))
@@ -112,11 +115,17 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
 }
 
 /// The private network, with the subnet that it had before.
-async fn start_network(state: &State, layout: &Layout, mode: &Mode) -> Result<Network> {
+async fn start_network(
+    bridge: &str,
+    state: &State,
+    layout: &Layout,
+    mode: &Mode,
+) -> Result<Network> {
     let kept = state
         .run(|tx| state::settings::get(tx, state::settings::SUBNET))
         .await?;
     let mut config = NetworkConfig::new(layout.network_run());
+    bridge.clone_into(&mut config.bridge);
     if let Mode::User(entered) = mode {
         config = config.inside(entered);
     }

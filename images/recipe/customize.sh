@@ -5,7 +5,7 @@
 # reach the caller's folders by path:
 #   100 the disk   101 the kernel   102 the initrd
 # (high numbers: mmdebstrap's own must stay below 10 for its `sh -c 'cat >&N'`), opened again here as
-# /proc/self/fd/N. images/src/hosts/build.rs puts the variables below in front: RELEASE LABEL CMDLINE DISK_MIB
+# /proc/self/fd/N. images/src/hosts/build.rs puts the variables below in front: LABEL CMDLINE DISK_MIB
 set -eu
 root=$1
 phase() { echo "pileus-phase: $*" >&2; }

@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use pileus_api::CloudInitStatus;
 use pileus_base::process::ProcessId;
 use pileus_base::{InstanceName, Reporter, Result, Size, files};
 use tokio::sync::{broadcast, mpsc};
@@ -257,9 +256,7 @@ impl Vm for RunningVm {
                     }
                 },
                 Some(event) = self.guest_events.recv() => {
-                    if let GuestEvent::CloudInit(told) = &event
-                        && told.status != CloudInitStatus::Running
-                    {
+                    if event == GuestEvent::Up {
                         let guest = self.guest.clone();
                         tokio::spawn(async move { guest.warm_up().await });
                     }

@@ -39,7 +39,7 @@ pub(crate) async fn find(netlink: &Netlink, name: &str, mac: Mac) -> Result<Opti
         format!("The interface {name} exists already and was not made by this daemon"),
     )
     .advise(format!(
-        "Choose another bridge name, or remove the interface if nothing uses it (`ip link delete {name}`)."
+        "Choose another name with `pileusd --bridge NAME`, or remove the interface if nothing uses it (`ip link delete {name}`)."
     )))
 }
 

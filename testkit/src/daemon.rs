@@ -206,6 +206,8 @@ impl Daemon {
         command.arg("--storage").arg(self.storage());
         if self.options.fake_qemu {
             command.arg("--qemu").arg(program("fake-qemu"));
+            // Chosen, not found: nothing to warn of.
+            command.args(["--accelerator", "tcg"]);
         }
         command
             .args([

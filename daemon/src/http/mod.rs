@@ -89,10 +89,10 @@ pub fn router(service: Service) -> Router {
             axum::routing::get(|| async { ([("content-type", "application/json")], openapi()) }),
         )
         .fallback(|| async {
-            Failure(Error::new(
-                Code::InvalidArgument,
-                "There is no such path in this API",
-            ))
+            let error = Error::new(Code::InvalidArgument, "There is no such path in this API");
+            let mut response = Failure(error).into_response();
+            *response.status_mut() = StatusCode::NOT_FOUND;
+            response
         })
         .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY))
         .layer(tower_http::trace::TraceLayer::new_for_http())
@@ -165,7 +165,7 @@ mod tests {
         let kept = std::fs::read_to_string(path).unwrap_or_default();
         assert!(
             kept == now,
-            "api/openapi.json is old: run `cargo xtask docs`"
+            "api/openapi.json is old: run `cargo xtask openapi`"
         );
     }
 

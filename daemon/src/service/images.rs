@@ -1,5 +1,6 @@
 //! Images: what is in the store, what can be launched, and who may read which file.
 
+use std::fs::File;
 use std::path::Path;
 
 use pileus_api::{CatalogEntry, Event, Image as ApiImage, PruneReply, PrunedImage};
@@ -118,10 +119,11 @@ async fn blocking<T: Send + 'static>(
         .map_err(|err| Error::internal("Work on the image store broke off").with_source(err))?
 }
 
-/// A system daemon reads files as root; it must not do so for someone who may not read them.
-pub(super) fn may_read(mode: &Mode, peer: Peer, path: &Path) -> Result<()> {
+/// A system daemon reads files as root; it must not do so for someone who may not read them. Opens
+/// the file with the caller's own rights (user and first group); nothing if the caller may do all.
+pub(super) fn open_as(mode: &Mode, peer: Peer, path: &Path) -> Result<Option<File>> {
     if peer.uid == 0 || matches!(mode, Mode::User(_)) {
-        return Ok(());
+        return Ok(None);
     }
     // Opened by a thread that is this user for a moment. Only this thread's identity changes, and it
     // ends right after.
@@ -130,12 +132,15 @@ pub(super) fn may_read(mode: &Mode, peer: Peer, path: &Path) -> Result<()> {
         rustix::thread::set_thread_groups(&[])?;
         nix::unistd::setfsgid(nix::unistd::Gid::from_raw(peer.gid));
         nix::unistd::setfsuid(nix::unistd::Uid::from_raw(peer.uid));
-        std::fs::File::open(&path).map(|_| ())
+        File::open(&path)
     })
     .join();
     match opened {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(err)) if err.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Ok(Ok(file)) => Ok(Some(file)),
+        Ok(Err(err)) if err.kind() == std::io::ErrorKind::NotFound => Err(Error::new(
+            Code::ImageNotFound,
+            "There is no such file, or not for you",
+        )),
         Ok(Err(err)) => Err(Error::new(
             Code::PermissionDenied,
             format!("The user {} may not read the image's file: {err}", peer.uid),

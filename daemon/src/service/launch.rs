@@ -9,6 +9,7 @@
 //! so that its console can be read; only a launch that the user cancels is undone at any time.
 
 use std::collections::HashSet;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -49,15 +50,21 @@ struct Order {
     memory: Size,
     disk: Option<Size>,
     user_data: Option<Vec<u8>>,
+    /// Keeps the image's file open until it is in the store.
+    file: Option<std::fs::File>,
     request: LaunchRequest,
 }
 
 impl Service {
     /// Begins a launch. What is wrong with the request itself is told at once.
     pub async fn launch(&self, request: LaunchRequest, peer: Peer) -> Result<Operation> {
-        let order = check(request)?;
-        if let ImageRef::File(path) = &order.image {
-            super::images::may_read(&self.parts.mode, peer, path)?;
+        let mut order = check(request)?;
+        if let ImageRef::File(path) = &order.image
+            && let Some(file) = super::images::open_as(&self.parts.mode, peer, path)?
+        {
+            // From here on the very file that the caller may read, whatever its name leads to later.
+            order.image = ImageRef::File(format!("/proc/self/fd/{}", file.as_raw_fd()).into());
+            order.file = Some(file);
         }
         // A host that can't run anything says so before anything is fetched.
         self.parts.hypervisor.get().await?;
@@ -202,6 +209,7 @@ impl Service {
             None => DEFAULT_DISK.max(image.info().virtual_size),
         };
         let host = self.parts.hypervisor.get().await?;
+        self.warn_once(host.warning.as_deref(), report).await?;
         let source = order.source.clone();
         let row = instance
             .change(|row| {
@@ -218,6 +226,28 @@ impl Service {
         self.write_files(order, &row, &image).await?;
         phases.push(phase_time(Phase::Configuring, began));
         Ok((image, phases))
+    }
+
+    /// Tells what is wrong with the accelerator: once, not at each launch.
+    async fn warn_once(&self, warning: Option<&str>, report: &Reporter) -> Result<()> {
+        let Some(warning) = warning.map(str::to_owned) else {
+            return Ok(());
+        };
+        let text = warning.clone();
+        let is_new = self
+            .parts
+            .state
+            .run(move |tx| {
+                let key = state::settings::ACCELERATOR_WARNING;
+                let told = state::settings::get(tx, key)?;
+                state::settings::set(tx, key, &text)?;
+                Ok(told.as_ref() != Some(&text))
+            })
+            .await?;
+        if is_new {
+            report.warn(warning);
+        }
+        Ok(())
     }
 
     /// Disk, keys and seed, in the instance's own folder.
@@ -359,6 +389,7 @@ fn check(mut request: LaunchRequest) -> Result<Order> {
         memory: memory.round_up(1 << 20),
         disk: request.disk.map(|disk| disk.round_up(512)),
         user_data,
+        file: None,
         request,
     })
 }

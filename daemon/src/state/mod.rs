@@ -31,6 +31,8 @@ impl State {
     pub fn open(path: &Path) -> Result<Self> {
         let mut connection = Connection::open(path).map_err(|err| database("Opening", err))?;
         prepare(&mut connection)?;
+        // Its companions (-wal, -shm) get the same mode from SQLite.
+        pileus_base::files::set_mode(path, 0o600)?;
         let (jobs, queue) = mpsc::channel::<Job>();
         std::thread::Builder::new()
             .name("state".into())

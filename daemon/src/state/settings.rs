@@ -5,6 +5,8 @@ use rusqlite::{OptionalExtension, Transaction};
 
 use super::database;
 
+/// The warning about the accelerator that was shown last.
+pub const ACCELERATOR_WARNING: &str = "accelerator.warning";
 /// The subnet of the private network, chosen once: instances keep their addresses.
 pub const SUBNET: &str = "network.subnet";
 

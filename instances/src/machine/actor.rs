@@ -23,6 +23,8 @@ pub(super) struct Actor<D: Driver> {
     reboot_until: Option<Instant>,
     /// QEMU halted the machine because the host's disk was full.
     halted: bool,
+    /// This VM was started by firmware: a reset boots what the guest has chosen.
+    by_firmware: bool,
 }
 
 impl<D: Driver> Actor<D> {
@@ -41,6 +43,7 @@ impl<D: Driver> Actor<D> {
             interrupt,
             reboot_until: None,
             halted: false,
+            by_firmware: false,
         }
     }
 
@@ -195,6 +198,7 @@ impl<D: Driver> Actor<D> {
         let vm = report
             .or_cancelled(self.config.driver.start(firmware, report))
             .await?;
+        self.by_firmware = firmware;
         self.config.snapshot.process = Some(vm.process());
         self.config.snapshot.started_at = Some((self.config.clock)());
         self.vm = Some(vm);
@@ -316,6 +320,12 @@ impl<D: Driver> Actor<D> {
         let report = report.clone();
         let reboot = async {
             report.phase(Phase::Stopping);
+            if self.config.snapshot.firmware_boot && !self.by_firmware {
+                // A reset would boot the old kernel again, which this VM was given at its start.
+                self.shut_down(timeout).await?;
+                self.end_vm().await;
+                return self.boot(timeout, &report).await;
+            }
             self.reboot_guest(timeout).await?;
             self.finish_boot(timeout, &report).await
         };

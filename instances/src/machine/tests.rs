@@ -303,6 +303,38 @@ async fn a_crash_is_kept_with_its_reason() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_restart_after_a_kernel_upgrade_is_a_new_start() {
+    let bench = bench();
+    bench.events.send(UP).unwrap();
+    let done = cloud_init(CloudInitStatus::Done, &[]);
+    bench.events.send(done).unwrap();
+    bench.start().await.unwrap();
+    let usage = pileus_api::Usage { used: 0, total: 0 };
+    let report = GuestEvent::Report {
+        report: GuestReport {
+            os: String::new(),
+            kernel: String::new(),
+            cpus: 1,
+            load: [0.0; 3],
+            memory: usage,
+            disk: usage,
+            uptime_seconds: 0,
+        },
+        addresses: Vec::new(),
+        other_kernel: true,
+    };
+    bench.events.send(VmEvent::Guest(report)).unwrap();
+    let mut watch = bench.machine.watch();
+    watch.wait_for(|s| s.firmware_boot).await.unwrap();
+    bench.events.send(VmEvent::Exited { reason: None }).unwrap();
+    // The scripted driver starts once only; what counts is that it was asked again.
+    let restart = bench.machine.restart(BOOT_TIMEOUT, Reporter::silent());
+    let _ = restart.await;
+    let calls = bench.calls.lock().unwrap().clone();
+    assert!(!calls.contains(&"reboot"), "{calls:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_guest_reboot_is_followed() {
     let bench = bench();
     bench.events.send(UP).unwrap();
