@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use pileus_testkit::{Daemon, Need, Options, need};
+use pileus_testkit::{Daemon, Namespace, Need, Options, need};
 
 const USER: &str = "pileus-test";
 
@@ -29,6 +29,47 @@ fn ensure_user() {
             std::fs::write(file, format!("{text}{USER}:1000000:65536\n")).unwrap();
         }
     }
+}
+
+/// From the guest through NAT and pasta to a server that is not in the user's namespace.
+fn reaches_the_outside(daemon: &Daemon) {
+    let page = daemon.folder().join("page");
+    std::fs::create_dir(&page).unwrap();
+    std::fs::write(page.join("hello"), vec![b'x'; 300_000]).unwrap();
+    let mut server = daemon
+        .namespace()
+        .command("python3")
+        .args([
+            "-m",
+            "http.server",
+            "8080",
+            "--bind",
+            Namespace::OUTSIDE,
+            "--directory",
+        ])
+        .arg(&page)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let url = format!("http://{}:8080/hello", Namespace::OUTSIDE);
+    let fetch = [
+        "exec",
+        "foo",
+        "--",
+        "curl",
+        "-sS",
+        "--retry",
+        "5",
+        "--retry-connrefused",
+        "-m",
+        "20",
+        &url,
+    ];
+    let fetched = daemon.run(&fetch);
+    server.kill().unwrap();
+    server.wait().unwrap();
+    assert_eq!(fetched.ok().len(), 300_000);
 }
 
 #[test]
@@ -73,6 +114,7 @@ fn guest_user_mode() {
         shown.contains(address.as_str().unwrap()),
         "{address} {shown}"
     );
+    reaches_the_outside(&daemon);
     // Nothing of it runs as root, and nothing shows outside the user's namespace.
     for pid in daemon.machines() {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();

@@ -16,8 +16,15 @@ use pileus_base::{Code, Error, Result};
 use crate::subnet::Subnet;
 use crate::tools;
 
-/// The whole transaction: the table is emptied and filled again in one step.
-fn script(bridge: &str, subnet: Subnet) -> String {
+/// The whole transaction: the table is emptied and filled again in one step. `uplink` is the card
+/// that pasta serves, in a user's own namespace.
+fn script(bridge: &str, subnet: Subnet, uplink: Option<&str>) -> String {
+    // Debian 12's pasta answers a segment now and then with one that has no flags at all. It belongs
+    // to no connection, so it would not go on to the guest but be taken for the host's, whose reset
+    // ends the guest's connection.
+    let stray = uplink.map_or(String::new(), |uplink| {
+        format!("    iifname \"{uplink}\" ct state invalid drop\n")
+    });
     format!(
         "\
 add table inet {bridge}
@@ -39,7 +46,7 @@ table inet {bridge} {{
   }}
   chain input {{
     type filter hook input priority filter; policy accept;
-    iifname != \"{bridge}\" accept
+{stray}    iifname != \"{bridge}\" accept
     ct state established,related accept
     udp dport 67 accept
     ip daddr {gateway} udp dport 53 accept
@@ -59,8 +66,8 @@ async fn nft(args: &[&str], input: &str) -> Result<std::process::Output> {
 }
 
 /// Puts our table in place, whatever was in it before.
-pub(crate) async fn apply(bridge: &str, subnet: Subnet) -> Result<()> {
-    let output = nft(&["-f", "-"], &script(bridge, subnet)).await?;
+pub(crate) async fn apply(bridge: &str, subnet: Subnet, uplink: Option<&str>) -> Result<()> {
+    let output = nft(&["-f", "-"], &script(bridge, subnet, uplink)).await?;
     if output.status.success() {
         return Ok(());
     }
@@ -115,7 +122,12 @@ mod tests {
 
     #[test]
     fn the_whole_transaction() {
-        let script = script("pileus0", "10.87.21.0/24".parse().unwrap());
+        let subnet = "10.87.21.0/24".parse().unwrap();
+        let inside = script("pileus0", subnet, Some("uplink0"));
+        assert!(inside.contains(
+            "policy accept;\n    iifname \"uplink0\" ct state invalid drop\n    iifname != \"pileus0\" accept"
+        ));
+        let script = script("pileus0", subnet, None);
         assert_eq!(
             script,
             r#"add table inet pileus0

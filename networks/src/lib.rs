@@ -98,6 +98,8 @@ pub struct NetworkConfig {
     pub upstream: Vec<IpAddr>,
     /// Networks that a newly chosen subnet must not overlap although no interface here shows them.
     pub avoid: Vec<Subnet>,
+    /// The card that pasta serves, in a user's own namespace.
+    pub uplink: Option<String>,
 }
 
 impl NetworkConfig {
@@ -109,6 +111,7 @@ impl NetworkConfig {
             domain: "pileus".into(),
             upstream: Vec::new(),
             avoid: Vec::new(),
+            uplink: None,
         }
     }
 
@@ -117,6 +120,7 @@ impl NetworkConfig {
     pub fn inside(mut self, entered: &user_mode::Entered) -> Self {
         self.upstream.clone_from(&entered.upstream);
         self.avoid.clone_from(&entered.host_networks);
+        self.uplink = Some(user_mode::UPLINK.into());
         self
     }
 
@@ -189,6 +193,7 @@ impl Network {
             domain,
             upstream,
             avoid,
+            uplink,
             ..
         } = config;
         let mac = bridge::mac_of(&state_dir);
@@ -215,7 +220,7 @@ impl Network {
         }
         let made = bridge::ensure(&netlink, &bridge, mac, subnet, mtu).await?;
         // Rules first: forwarding must not be open for a moment without them.
-        firewall::apply(&bridge, subnet).await?;
+        firewall::apply(&bridge, subnet, uplink.as_deref()).await?;
         forward()?;
         let settings = Settings {
             dir: state_dir,

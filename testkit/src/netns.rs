@@ -12,6 +12,9 @@ pub struct Namespace {
 }
 
 impl Namespace {
+    /// Where servers of a test listen that guests reach as if they were somewhere outside.
+    pub const OUTSIDE: &str = "203.0.113.1";
+
     /// Makes a namespace with loopback up, and nothing else.
     ///
     /// # Panics
@@ -25,7 +28,7 @@ impl Namespace {
     }
 
     /// Gives the namespace a network card with a default route into nothing, as programs expect that
-    /// look for the way out.
+    /// look for the way out. [`Self::OUTSIDE`] is an address where a server can stand for the world.
     pub fn with_uplink(self) -> Self {
         let ns = self.name.as_str();
         ip(&[
@@ -40,9 +43,11 @@ impl Namespace {
             "dev",
             "uplink",
         ]);
+        let outside = format!("{}/32", Self::OUTSIDE);
+        ip(&["-n", ns, "address", "add", &outside, "dev", "far"]);
         ip(&["-n", ns, "link", "set", "far", "up"]);
         ip(&["-n", ns, "link", "set", "uplink", "up"]);
-        ip(&["-n", ns, "route", "add", "default", "via", "203.0.113.1"]);
+        ip(&["-n", ns, "route", "add", "default", "via", "203.0.113.9"]);
         self
     }
 

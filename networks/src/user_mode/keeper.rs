@@ -250,7 +250,7 @@ fn spawn_pasta(plan: &Plan<'_>, holder: ProcessId) -> std::io::Result<Child> {
         "--config-net",
         "--no-map-gw",
         "--ns-ifname",
-        "uplink0",
+        super::UPLINK,
         "-t",
         "none",
         "-u",

@@ -40,6 +40,8 @@ use crate::{tap, tools};
 const DNS_FORWARD: Ipv4Addr = Ipv4Addr::new(169, 254, 53, 53);
 /// How long another daemon may hold the lock, and how long the set-up may take.
 const BOUND: Duration = Duration::from_secs(20);
+/// The card in the namespace whose other end is pasta.
+pub(crate) const UPLINK: &str = "uplink0";
 const MAX_RECORD: u64 = 64 << 10;
 
 /// What the namespace consists of; `holder.json`.
