@@ -16,7 +16,7 @@ use hadris_iso::write::{InputEntry, InputTree, IsoImageWriter};
 use pileus_testkit::Namespace;
 use serde_json::Value;
 
-use crate::measure::{inside, poll, timed};
+use crate::measure::{inside, poll, processor_time, timed};
 
 const HOST: &str = "10.99.0.1/24";
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
@@ -24,6 +24,10 @@ const GUEST: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
 pub const CPUS: &str = "2";
 pub const MEMORY: &str = "1G";
 const DISK: &str = "5G";
+/// What a guest says of its own boot.
+pub const EXPLAIN: &str = "sleep 5; systemd-analyze time; systemd-analyze critical-chain; \
+     systemd-analyze blame | head -n 25; cloud-init analyze blame | head -n 30; \
+     sudo dmesg | grep -E 'Freeing unused|Run /init|systemd.1' | head -n 5";
 const BOUND: Duration = Duration::from_secs(400);
 
 /// How long a boot took, from the first preparation (the overlay) on.
@@ -35,10 +39,12 @@ pub struct BareTimes {
     pub command: Duration,
     /// `cloud-init status --wait` over ssh is done: what `launch` waits for.
     pub cloud_init: Duration,
+    /// Processor time of QEMU until the first command was done: what a busy machine changes least.
+    pub processor: Duration,
 }
 
-/// Boots the image and ends it.
-pub fn boot(image: &Path) -> Result<BareTimes> {
+/// Boots the image and ends it. With `explain` the guest's own account goes to stderr.
+pub fn boot(image: &Path, explain: bool) -> Result<BareTimes> {
     let folder = tempfile::tempdir()?;
     let namespace = Namespace::new();
     for words in [
@@ -72,7 +78,7 @@ pub fn boot(image: &Path) -> Result<BareTimes> {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
         name.starts_with("qemu").then_some(())
     })?;
-    let times = inside(pid, || reach(&key, began)).with_context(|| {
+    let times = inside(pid, || reach(&key, pid, began, explain)).with_context(|| {
         let ended = machine.0.try_wait();
         let console = fs::read_to_string(folder.path().join("console.log")).unwrap_or_default();
         let tail: Vec<&str> = console.lines().rev().take(5).collect();
@@ -127,7 +133,7 @@ fn qemu(namespace: &Namespace, image: &Path, folder: &Path) -> Result<Command> {
 }
 
 /// From inside the namespace: asks until ssh works.
-fn reach(key: &Path, began: Instant) -> Result<BareTimes> {
+fn reach(key: &Path, pid: i32, began: Instant, explain: bool) -> Result<BareTimes> {
     let server = SocketAddr::from((GUEST, 22));
     // Cheaper and finer than ssh again and again: the guest shares the processors with us.
     poll("sshd takes connections", BOUND, || {
@@ -147,16 +153,25 @@ fn reach(key: &Path, began: Instant) -> Result<BareTimes> {
         done.ok()
     })?;
     let command = began.elapsed();
+    let processor = processor_time(pid)?;
     let waited = ssh(key, GUEST)
         .args(["-o", "StrictHostKeyChecking=no", "cloud-init status --wait"])
         .output()?;
     let said = String::from_utf8_lossy(&waited.stdout).into_owned();
     ensure!(said.contains("done"), "cloud-init did not end well: {said}");
-    Ok(BareTimes {
+    let times = BareTimes {
         port,
         command,
         cloud_init: began.elapsed(),
-    })
+        processor,
+    };
+    if explain {
+        let told = ssh(key, GUEST)
+            .args(["-o", "StrictHostKeyChecking=no", EXPLAIN])
+            .output()?;
+        eprintln!("{}", String::from_utf8_lossy(&told.stdout));
+    }
+    Ok(times)
 }
 
 /// A new ssh connection as `ubuntu`, with a key and none of this machine's settings; the caller adds

@@ -8,7 +8,9 @@ use pileus_api::routes;
 use pileus_testkit::{Daemon, Need, Options, need};
 use rusqlite::{Connection, params};
 
-use crate::measure::{Times, allocated, get, pileus, poll, process_figure, show, timed};
+use crate::measure::{
+    Times, allocated, get, pileus, poll, process_figure, processor_time, show, timed,
+};
 use crate::table::{Row, Table};
 
 const MANY: u32 = 1000;
@@ -113,15 +115,10 @@ fn fill(daemon: &mut Daemon) -> Result<()> {
 /// Waits until the daemon has taken up all its instances: it uses no more processor time.
 fn settled(daemon: &Daemon) -> Result<()> {
     let pid = daemon.pid().context("the daemon runs")?;
-    let used = || -> Option<u64> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
-        Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
-    };
     let mut before = None;
     poll("the daemon is idle", Duration::from_secs(30), || {
         std::thread::sleep(Duration::from_millis(500));
-        let now = used();
+        let now = processor_time(pid).ok();
         let idle = now.is_some() && now == before;
         before = now;
         idle.then_some(())

@@ -12,9 +12,9 @@ use pileus_api::routes;
 use pileus_testkit::{Daemon, Need, Options, guest_image, need};
 use serde_json::Value;
 
-use crate::bare::{self, CPUS, MEMORY, ssh};
+use crate::bare::{self, CPUS, EXPLAIN, MEMORY, ssh};
 use crate::fake::killed;
-use crate::measure::{Times, get, inside, pileus, poll, ratio, show, timed};
+use crate::measure::{Times, get, inside, pileus, poll, processor_time, ratio, show, timed};
 use crate::table::{Row, Table};
 
 /// The daemon that the benches with a real guest share, made when it is first needed.
@@ -73,7 +73,7 @@ impl Real {
 }
 
 /// `launch` of a cached image to its first command, against the bare QEMU to its first command.
-pub fn cold(real: &mut Real, rounds: u32, table: &mut Table) -> Result<()> {
+pub fn cold(real: &mut Real, rounds: u32, explain: bool, table: &mut Table) -> Result<()> {
     if !Real::can() {
         return Ok(());
     }
@@ -84,6 +84,7 @@ pub fn cold(real: &mut Real, rounds: u32, table: &mut Table) -> Result<()> {
     let mut phases: Vec<(String, Times)> = Vec::new();
     let (mut port, mut command, mut cloud_init) =
         (Times::default(), Times::default(), Times::default());
+    let (mut our_processor, mut bare_processor) = (Times::default(), Times::default());
     for round in (0..rounds).rev() {
         // Who begins changes, so that what grows slower over time hurts both; the last one of ours
         // stays for the other benches.
@@ -91,18 +92,27 @@ pub fn cold(real: &mut Real, rounds: u32, table: &mut Table) -> Result<()> {
             // Two guests at once would share the processors.
             real.purge()?;
             if side {
-                let bare = bare::boot(&image)?;
+                let bare = bare::boot(&image, explain)?;
                 eprintln!("bare: {bare:?}");
                 port.add(bare.port);
                 command.add(bare.command);
                 cloud_init.add(bare.cloud_init);
+                bare_processor.add(bare.processor);
             } else {
                 let (launch, first) = real.launch()?;
+                for pid in real.daemon().machines() {
+                    our_processor.add(processor_time(pid)?);
+                }
                 eprintln!("ours: {launch:?} + {first:?}");
                 ours.add(launch + first);
                 launches.add(launch);
                 firsts.add(first);
                 note_phases(real, &mut phases)?;
+                if explain {
+                    let (name, storage) = (real.instance()?, real.daemon().storage());
+                    let words = ["exec", &name, "--", "sh", "-c", EXPLAIN];
+                    eprintln!("{}", timed(&mut pileus(&storage, &words))?.1);
+                }
             }
         }
     }
@@ -122,6 +132,14 @@ pub fn cold(real: &mut Real, rounds: u32, table: &mut Table) -> Result<()> {
         ours: launches.show(),
         alternative: cloud_init.show(),
         ratio: format!("{full:.2}×"),
+        ..Row::default()
+    });
+    let times = ratio(our_processor.median(), bare_processor.median());
+    table.add(Row {
+        what: "… QEMU's processor time until the first command is done".into(),
+        ours: our_processor.show(),
+        alternative: bare_processor.show(),
+        ratio: format!("{times:.2}×"),
         ..Row::default()
     });
     table.note("… sshd takes connections", String::new(), port.show());

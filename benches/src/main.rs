@@ -37,6 +37,9 @@ struct Args {
     /// How often each short command is run
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
+    /// Ask both guests of the cold launch what took their time
+    #[arg(long)]
+    explain: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -102,7 +105,7 @@ fn main() -> ExitCode {
 
 fn run(bench: Bench, args: &Args, real: &mut guest::Real, table: &mut Table) -> Result<()> {
     match bench {
-        Bench::Cold => guest::cold(real, args.rounds, table),
+        Bench::Cold => guest::cold(real, args.rounds, args.explain, table),
         Bench::Exec => guest::exec(real, args.runs, table),
         Bench::List => fake::list(args.runs, table),
         Bench::Memory => fake::memory(table),

@@ -34,6 +34,8 @@ impl Table {
     }
 
     pub fn failed(&mut self, what: &str, why: &str) {
+        eprintln!("{what} failed: {why}");
+        let why: String = why.chars().take(200).collect();
         self.add(Row {
             what: what.into(),
             ours: format!("FAILED: {}", why.replace(['\n', '|'], " ")),
