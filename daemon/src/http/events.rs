@@ -22,7 +22,7 @@ pub(super) fn keep_alive() -> KeepAlive {
 }
 
 /// Streams every change of instances, operations and images.
-#[utoipa::path(get, path = "/v1/events", tag = "server",
+#[utoipa::path(get, operation_id = "follow_events", path = "/v1/events", tag = "server",
     responses((status = 200, description = "Server-sent events, each an Event as JSON",
         content_type = "text/event-stream", body = Event)))]
 pub async fn events(

@@ -24,7 +24,7 @@ const START_BOUND: Duration = Duration::from_secs(30);
 const MAX_MESSAGE: usize = 1 << 20;
 
 /// Runs a command or a shell in a running instance (WebSocket).
-#[utoipa::path(get, path = "/v1/instances/{name}/exec", tag = "instances",
+#[utoipa::path(get, operation_id = "exec_in_instance", path = "/v1/instances/{name}/exec", tag = "instances",
     params(("name" = String, Path, description = "The instance")),
     responses(
         (status = 101, description = "WebSocket: text messages are ExecControl and ExecEvent, \

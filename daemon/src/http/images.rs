@@ -8,21 +8,21 @@ use super::{Json, Path, Reply};
 use crate::service::Service;
 
 /// Lists the images that can be launched by name.
-#[utoipa::path(get, path = "/v1/catalog", tag = "images",
+#[utoipa::path(get, operation_id = "list_catalog", path = "/v1/catalog", tag = "images",
     responses((status = 200, description = "Images of all hosts", body = Vec<CatalogEntry>)))]
 pub async fn catalog(State(service): State<Service>) -> Reply<Json<Vec<CatalogEntry>>> {
     Ok(Json(service.catalog().await?))
 }
 
 /// Lists the images in the store.
-#[utoipa::path(get, path = "/v1/images", tag = "images",
+#[utoipa::path(get, operation_id = "list_images", path = "/v1/images", tag = "images",
     responses((status = 200, description = "Images in the store", body = Vec<Image>)))]
 pub async fn list(State(service): State<Service>) -> Reply<Json<Vec<Image>>> {
     Ok(Json(service.images().await?))
 }
 
 /// Removes an image that no instance stands on.
-#[utoipa::path(delete, path = "/v1/images/{digest}", tag = "images",
+#[utoipa::path(delete, operation_id = "remove_image", path = "/v1/images/{digest}", tag = "images",
     params(("digest" = String, Path, description = "The digest, or its first digits")),
     responses(
         (status = 204, description = "It is gone"),
@@ -37,7 +37,7 @@ pub async fn remove(
 }
 
 /// Removes every image that no instance stands on.
-#[utoipa::path(post, path = "/v1/images/prune", tag = "images",
+#[utoipa::path(post, operation_id = "prune_images", path = "/v1/images/prune", tag = "images",
     responses((status = 200, description = "What was removed", body = PruneReply)))]
 pub async fn prune(State(service): State<Service>) -> Reply<Json<PruneReply>> {
     Ok(Json(service.prune_images().await?))

@@ -20,14 +20,14 @@ fn begun(operation: Operation) -> Begun {
 }
 
 /// Lists all instances by name, those in the trash too.
-#[utoipa::path(get, path = "/v1/instances", tag = "instances",
+#[utoipa::path(get, operation_id = "list_instances", path = "/v1/instances", tag = "instances",
     responses((status = 200, description = "Instances", body = Vec<Instance>)))]
 pub async fn list(State(service): State<Service>) -> Json<Vec<Instance>> {
     Json(service.instances())
 }
 
 /// Makes and boots a new instance. The operation's target is its name; it ends when cloud-init has.
-#[utoipa::path(post, path = "/v1/instances", tag = "instances", request_body = LaunchRequest,
+#[utoipa::path(post, operation_id = "launch_instance", path = "/v1/instances", tag = "instances", request_body = LaunchRequest,
     responses(
         (status = 202, description = "The launch has begun", body = Operation),
         (status = 400, description = "The request can't work", body = ErrorReply),
@@ -41,7 +41,7 @@ pub async fn launch(
 }
 
 /// Tells all about an instance, with a report that is at most a second old.
-#[utoipa::path(get, path = "/v1/instances/{name}", tag = "instances",
+#[utoipa::path(get, operation_id = "get_instance", path = "/v1/instances/{name}", tag = "instances",
     params(("name" = String, Path, description = "The instance")),
     responses(
         (status = 200, description = "The instance", body = Instance),
@@ -54,7 +54,7 @@ pub async fn get(
 }
 
 /// Moves an instance to the trash (it is shut down first), or deletes it for good.
-#[utoipa::path(delete, path = "/v1/instances/{name}", tag = "instances",
+#[utoipa::path(delete, operation_id = "delete_instance", path = "/v1/instances/{name}", tag = "instances",
     params(("name" = String, Path, description = "The instance"), DeleteQuery),
     responses(
         (status = 202, description = "The deletion has begun", body = Operation),
@@ -68,7 +68,7 @@ pub async fn delete(
 }
 
 /// Boots a stopped instance. The operation ends when its guest is up and cloud-init has ended.
-#[utoipa::path(post, path = "/v1/instances/{name}/start", tag = "instances", request_body = StartRequest,
+#[utoipa::path(post, operation_id = "start_instance", path = "/v1/instances/{name}/start", tag = "instances", request_body = StartRequest,
     params(("name" = String, Path, description = "The instance")),
     responses(
         (status = 202, description = "The start has begun", body = Operation),
@@ -83,7 +83,7 @@ pub async fn start(
 }
 
 /// Shuts an instance down, or cuts its power.
-#[utoipa::path(post, path = "/v1/instances/{name}/stop", tag = "instances", request_body = StopRequest,
+#[utoipa::path(post, operation_id = "stop_instance", path = "/v1/instances/{name}/stop", tag = "instances", request_body = StopRequest,
     params(("name" = String, Path, description = "The instance")),
     responses(
         (status = 202, description = "The stop has begun", body = Operation),
@@ -97,7 +97,7 @@ pub async fn stop(
 }
 
 /// Reboots a running instance.
-#[utoipa::path(post, path = "/v1/instances/{name}/restart", tag = "instances", request_body = StartRequest,
+#[utoipa::path(post, operation_id = "restart_instance", path = "/v1/instances/{name}/restart", tag = "instances", request_body = StartRequest,
     params(("name" = String, Path, description = "The instance")),
     responses(
         (status = 202, description = "The restart has begun", body = Operation),
@@ -111,7 +111,7 @@ pub async fn restart(
 }
 
 /// Takes an instance out of the trash.
-#[utoipa::path(post, path = "/v1/instances/{name}/recover", tag = "instances",
+#[utoipa::path(post, operation_id = "recover_instance", path = "/v1/instances/{name}/recover", tag = "instances",
     params(("name" = String, Path, description = "The instance")),
     responses(
         (status = 200, description = "The instance", body = Instance),
@@ -124,14 +124,14 @@ pub async fn recover(
 }
 
 /// Deletes everything in the trash for good; answers with the names.
-#[utoipa::path(post, path = "/v1/purge", tag = "instances",
+#[utoipa::path(post, operation_id = "purge_instances", path = "/v1/purge", tag = "instances",
     responses((status = 200, description = "Names of the instances that are gone", body = Vec<String>)))]
 pub async fn purge(State(service): State<Service>) -> Reply<Json<Vec<String>>> {
     Ok(Json(service.purge().await?))
 }
 
 /// Sends the serial console's log as it is; with `follow` the reply stays open.
-#[utoipa::path(get, path = "/v1/instances/{name}/log", tag = "instances",
+#[utoipa::path(get, operation_id = "get_instance_log", path = "/v1/instances/{name}/log", tag = "instances",
     params(("name" = String, Path, description = "The instance"), LogQuery),
     responses(
         (status = 200, description = "The log's bytes, as the guest wrote them",

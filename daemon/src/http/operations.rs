@@ -20,14 +20,14 @@ use crate::service::Service;
 const LONGEST_WAIT: Duration = Duration::from_secs(600);
 
 /// Lists the newest operations, newest first.
-#[utoipa::path(get, path = "/v1/operations", tag = "operations",
+#[utoipa::path(get, operation_id = "list_operations", path = "/v1/operations", tag = "operations",
     responses((status = 200, description = "Operations", body = Vec<Operation>)))]
 pub async fn list(State(service): State<Service>) -> Reply<Json<Vec<Operation>>> {
     Ok(Json(service.operations().list().await?))
 }
 
 /// Tells where an operation stands.
-#[utoipa::path(get, path = "/v1/operations/{id}", tag = "operations",
+#[utoipa::path(get, operation_id = "get_operation", path = "/v1/operations/{id}", tag = "operations",
     params(("id" = Uuid, Path, description = "The operation")),
     responses(
         (status = 200, description = "The operation", body = Operation),
@@ -37,7 +37,7 @@ pub async fn get(State(service): State<Service>, Path(id): Path<Uuid>) -> Reply<
 }
 
 /// Asks an operation to stop. It undoes what it must; wait for its end.
-#[utoipa::path(delete, path = "/v1/operations/{id}", tag = "operations",
+#[utoipa::path(delete, operation_id = "cancel_operation", path = "/v1/operations/{id}", tag = "operations",
     params(("id" = Uuid, Path, description = "The operation")),
     responses(
         (status = 200, description = "The operation as it is now", body = Operation),
@@ -57,7 +57,7 @@ pub struct WaitQuery {
 }
 
 /// Answers when the operation is over, or with its present state when the time is up.
-#[utoipa::path(get, path = "/v1/operations/{id}/wait", tag = "operations",
+#[utoipa::path(get, operation_id = "wait_for_operation", path = "/v1/operations/{id}/wait", tag = "operations",
     params(("id" = Uuid, Path, description = "The operation"), WaitQuery),
     responses(
         (status = 200, description = "The operation", body = Operation),
@@ -75,7 +75,7 @@ pub async fn wait(
 }
 
 /// Streams what an operation does until it is over.
-#[utoipa::path(get, path = "/v1/operations/{id}/events", tag = "operations",
+#[utoipa::path(get, operation_id = "follow_operation", path = "/v1/operations/{id}/events", tag = "operations",
     params(("id" = Uuid, Path, description = "The operation")),
     responses(
         (status = 200, description = "Server-sent events, each an OperationEvent as JSON; the last is `done`",
