@@ -80,10 +80,20 @@ impl Stage {
 }
 
 impl Drop for Stage {
+    /// A half-made root has tens of thousands of files, which some disks take many seconds to let go
+    /// of. Nobody has to wait for that: usually it is done at once, otherwise it goes on alone (and a
+    /// start after a crash sweeps what is left).
     fn drop(&mut self) {
-        if let Err(err) = clear(&self.folder) {
-            tracing::warn!(stage = %self.folder.display(), %err, "stage not removed; swept at next start");
-        }
+        let folder = self.folder.clone();
+        let (done, waiting) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            if let Err(err) = clear(&folder) {
+                tracing::warn!(stage = %folder.display(), %err, "stage not removed; swept at next start");
+            }
+            // Nobody may be waiting any more.
+            let _ = done.send(());
+        });
+        let _ = waiting.recv_timeout(std::time::Duration::from_millis(300));
     }
 }
 

@@ -142,7 +142,8 @@ fn unescape(text: &str) -> String {
 pub fn bench(arguments: &[&str]) -> Result<()> {
     run(cargo()
         .args(["build", "--release", "--locked"])
-        .args(["-p", "pileus", "-p", "pileusd", "-p", BENCHES]))?;
+        .args(["-p", "pileus", "-p", "pileusd", "-p", "pileus-testkit"])
+        .args(["-p", BENCHES]))?;
     run(Command::new(tools::target()?.join("release").join(BENCHES)).args(arguments))
 }
 

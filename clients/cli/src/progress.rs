@@ -9,7 +9,9 @@ use pileus_api::{Operation, OperationEvent, Phase};
 use crate::terminal::{harmless, tell};
 
 const SPINNER: &str = "{spinner} {wide_msg} {elapsed}";
-const BAR: &str = "{spinner} {msg} [{bar:24}] {bytes}/{total_bytes} {elapsed}";
+const BAR: &str = "{spinner} {wide_msg} [{bar:24}] {bytes}/{total_bytes} {elapsed}";
+/// Of work that has no bytes to count.
+const PERCENT: &str = "{spinner} {wide_msg} [{bar:24}] {percent:>3}% {elapsed}";
 
 #[derive(Clone)]
 pub(crate) struct Progress {
@@ -88,7 +90,10 @@ impl Line {
             OperationEvent::Progress { progress } => {
                 if let Some(total) = progress.total {
                     if self.bar.length() != Some(total) {
-                        self.style(BAR);
+                        self.style(match self.phase {
+                            Some(Phase::BuildingImage) => PERCENT,
+                            _ => BAR,
+                        });
                         self.bar.set_length(total);
                     }
                     self.bar.set_position(progress.done);

@@ -203,8 +203,9 @@ pub(crate) async fn make(
         .map_err(|err| Error::internal("Passing files to mmdebstrap failed").with_source(err))?;
     let bounds = Bounds {
         time: BUILD_TIME,
-        // It takes away its mounts and folders when it is asked to end.
-        grace: Duration::from_secs(20),
+        // In our namespaces all of it ends, and its mounts go, when it is killed; asked to end it
+        // would not even hear. Where it made its own it takes away its folders itself.
+        grace: Duration::from_secs(if root { 0 } else { 20 }),
         ..Bounds::default()
     };
     let mut on_line = |line: &str| {

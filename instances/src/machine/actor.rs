@@ -48,15 +48,16 @@ impl<D: Driver> Actor<D> {
     }
 
     pub(super) async fn run(mut self) {
+        // Boxed: a task that only waits, as most do, then keeps no room for all that it could do.
         if self.vm.is_some() {
-            self.after_adoption().await;
+            Box::pin(self.after_adoption()).await;
         }
         let mut trim = tokio::time::interval(TRIM_EVERY);
         trim.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let Some(vm) = &mut self.vm else {
                 match self.queue.recv().await {
-                    Some(request) => self.handle(request).await,
+                    Some(request) => Box::pin(self.handle(request)).await,
                     None => return,
                 }
                 continue;
@@ -64,9 +65,9 @@ impl<D: Driver> Actor<D> {
             let deadline = self.reboot_until;
             tokio::select! {
                 biased;
-                event = vm.next() => self.on_event(event).await,
+                event = vm.next() => Box::pin(self.on_event(event)).await,
                 request = self.queue.recv() => match request {
-                    Some(request) => self.handle(request).await,
+                    Some(request) => Box::pin(self.handle(request)).await,
                     None => return,
                 },
                 () = sleep_until(deadline) => {

@@ -144,7 +144,7 @@ impl<D: Driver> Machine<D> {
     }
 
     fn spawn_task(config: Config<D>, vm: Option<D::Vm>) -> Self {
-        let (requests, queue) = mpsc::channel(64);
+        let (requests, queue) = mpsc::channel(8);
         let (publish, snapshot) = watch::channel(config.snapshot.clone());
         let interrupt = Arc::new(Mutex::new(CancellationToken::new()));
         let actor = actor::Actor::new(config, vm, queue, publish, interrupt.clone());
