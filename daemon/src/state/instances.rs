@@ -298,7 +298,7 @@ pub(crate) mod tests {
         one.started_at = Some(Timestamp::UNIX_EPOCH);
         let updated = one.clone();
         state.run(move |tx| update(tx, &updated)).await.unwrap();
-        let (rows, broken) = state.run(|tx| all(tx)).await.unwrap();
+        let (rows, broken) = state.run(all).await.unwrap();
         assert_eq!(rows, [one]);
         assert!(broken.is_empty());
         let clash = row("FOO", 2);
@@ -320,12 +320,12 @@ pub(crate) mod tests {
             })
             .await
             .unwrap();
-        let (rows, broken) = state.run(|tx| all(tx)).await.unwrap();
+        let (rows, broken) = state.run(all).await.unwrap();
         assert_eq!(rows.len(), 1);
         assert_eq!(broken.len(), 1);
         assert_eq!(broken[0].name, "bad");
         // Its name, address and slot stay its own.
-        let taken = state.run(|tx| taken(tx)).await.unwrap();
+        let taken = state.run(taken).await.unwrap();
         assert_eq!(taken.slots.len(), 2);
     }
 }
