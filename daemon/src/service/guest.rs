@@ -10,7 +10,7 @@ impl Service {
     /// Runs a command (or a shell) in a running instance.
     pub async fn exec(&self, name: &str, request: ExecRequest) -> Result<ExecSession> {
         let instance = self.parts.registry.get_usable(name)?;
-        let guest = instance.machine()?.guest().await?;
+        let guest = instance.machine()?.guest()?;
         guest
             .exec(&ExecSpec {
                 command: request.command,

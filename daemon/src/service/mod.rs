@@ -153,7 +153,7 @@ impl Service {
         }
         // A guest that doesn't answer must not hold up those who only want to look.
         let refresh = async {
-            if let Ok(guest) = machine.guest().await {
+            if let Ok(guest) = machine.guest() {
                 guest.refresh_report(REPORT_AGE).await;
             }
         };

@@ -11,14 +11,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::driver::{Driver, GuestEvent, TRIM_EVERY, Vm, VmEvent};
 use super::rules::{Ask, Decision, decide, refusal};
-use super::{BOOT_TIMEOUT, Config, Request, Snapshot};
+use super::{BOOT_TIMEOUT, Config, GuestSlot, Request, Snapshot, lock};
 
 pub(super) struct Actor<D: Driver> {
     pub(super) config: Config<D>,
     pub(super) vm: Option<D::Vm>,
-    queue: mpsc::Receiver<Request<D>>,
+    queue: mpsc::Receiver<Request>,
     publish: watch::Sender<Snapshot>,
     interrupt: Arc<Mutex<CancellationToken>>,
+    guest: GuestSlot<D>,
     /// When a guest that reboots must be up again.
     reboot_until: Option<Instant>,
     /// QEMU halted the machine because the host's disk was full.
@@ -31,9 +32,9 @@ impl<D: Driver> Actor<D> {
     pub(super) fn new(
         config: Config<D>,
         vm: Option<D::Vm>,
-        queue: mpsc::Receiver<Request<D>>,
+        queue: mpsc::Receiver<Request>,
         publish: watch::Sender<Snapshot>,
-        interrupt: Arc<Mutex<CancellationToken>>,
+        (interrupt, guest): (Arc<Mutex<CancellationToken>>, GuestSlot<D>),
     ) -> Self {
         Self {
             config,
@@ -41,6 +42,7 @@ impl<D: Driver> Actor<D> {
             queue,
             publish,
             interrupt,
+            guest,
             reboot_until: None,
             halted: false,
             by_firmware: false,
@@ -107,11 +109,9 @@ impl<D: Driver> Actor<D> {
         }
     }
 
-    async fn handle(&mut self, request: Request<D>) {
+    async fn handle(&mut self, request: Request) {
         let token = CancellationToken::new();
-        if let Ok(mut interrupt) = self.interrupt.lock() {
-            *interrupt = token.clone();
-        }
+        *lock(&self.interrupt) = token.clone();
         match request {
             Request::Start {
                 timeout,
@@ -139,21 +139,6 @@ impl<D: Driver> Actor<D> {
                 let done = self.restart(timeout, &report, &token).await;
                 let _ = reply.send(done);
             }
-            Request::Guest { reply } => {
-                let _ = reply.send(self.guest());
-            }
-        }
-    }
-
-    fn guest(&self) -> Result<<D::Vm as Vm>::Guest> {
-        self.permit(Ask::Guest)?;
-        match &self.vm {
-            Some(vm) => Ok(vm.guest()),
-            None => Err(refusal(
-                &self.config.name,
-                InstanceState::Stopped,
-                Ask::Guest,
-            )),
         }
     }
 
@@ -202,6 +187,7 @@ impl<D: Driver> Actor<D> {
         self.by_firmware = firmware;
         self.config.snapshot.process = Some(vm.process());
         self.config.snapshot.started_at = Some((self.config.clock)());
+        *lock(&self.guest) = Some(vm.guest());
         self.vm = Some(vm);
         self.note_phase(Phase::Starting, began);
         self.save().await?;
@@ -483,6 +469,7 @@ impl<D: Driver> Actor<D> {
 
     /// Ends the VM if there is one and gives back what it used.
     pub(super) async fn end_vm(&mut self) {
+        *lock(&self.guest) = None;
         if let Some(vm) = self.vm.take() {
             vm.kill().await;
         }

@@ -33,7 +33,7 @@ pub trait Driver: Send + Sync + 'static {
 /// A VM that runs.
 pub trait Vm: Send + Sync + 'static {
     /// What reaches the guest: commands, files. A cheap handle.
-    type Guest: Send + 'static;
+    type Guest: Clone + Send + 'static;
 
     fn process(&self) -> ProcessId;
 

@@ -89,7 +89,7 @@ pub struct Config<D: Driver> {
     pub clock: fn() -> Timestamp,
 }
 
-pub(crate) enum Request<D: Driver> {
+pub(crate) enum Request {
     Start {
         timeout: Duration,
         /// Phases that passed before (of a launch), so that all stand in one list.
@@ -108,25 +108,29 @@ pub(crate) enum Request<D: Driver> {
         report: Reporter,
         reply: oneshot::Sender<Result<()>>,
     },
-    /// A handle to the running guest, for commands and files.
-    Guest {
-        reply: oneshot::Sender<Result<<D::Vm as Vm>::Guest>>,
-    },
 }
 
 /// The handle to an instance's task. When the last one is dropped the task ends; the VM does not.
 pub struct Machine<D: Driver> {
-    requests: mpsc::Sender<Request<D>>,
+    name: InstanceName,
+    requests: mpsc::Sender<Request>,
     snapshot: watch::Receiver<Snapshot>,
     interrupt: Arc<Mutex<CancellationToken>>,
+    guest: GuestSlot<D>,
 }
+
+/// Where the task puts the handle on the guest while there is one. Commands take it from here and
+/// don't queue: a guest can be looked at while it boots or shuts down.
+pub(crate) type GuestSlot<D> = Arc<Mutex<Option<<<D as Driver>::Vm as Vm>::Guest>>>;
 
 impl<D: Driver> Clone for Machine<D> {
     fn clone(&self) -> Self {
         Self {
+            name: self.name.clone(),
             requests: self.requests.clone(),
             snapshot: self.snapshot.clone(),
             interrupt: self.interrupt.clone(),
+            guest: self.guest.clone(),
         }
     }
 }
@@ -147,12 +151,17 @@ impl<D: Driver> Machine<D> {
         let (requests, queue) = mpsc::channel(8);
         let (publish, snapshot) = watch::channel(config.snapshot.clone());
         let interrupt = Arc::new(Mutex::new(CancellationToken::new()));
-        let actor = actor::Actor::new(config, vm, queue, publish, interrupt.clone());
+        let guest = Arc::new(Mutex::new(vm.as_ref().map(Vm::guest)));
+        let name = config.name.clone();
+        let shared = (interrupt.clone(), guest.clone());
+        let actor = actor::Actor::new(config, vm, queue, publish, shared);
         tokio::spawn(actor.run());
         Self {
+            name,
             requests,
             snapshot,
             interrupt,
+            guest,
         }
     }
 
@@ -184,11 +193,7 @@ impl<D: Driver> Machine<D> {
     /// Shuts the guest down, or cuts its power. The latter interrupts what is under way.
     pub async fn stop(&self, force: bool, timeout: Duration, report: Reporter) -> Result<()> {
         if force {
-            // A poisoned lock holds a token that is as good as any.
-            self.interrupt
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
-                .cancel();
+            lock(&self.interrupt).cancel();
         }
         self.ask(|reply| Request::Stop {
             force,
@@ -208,13 +213,20 @@ impl<D: Driver> Machine<D> {
         .await
     }
 
-    pub async fn guest(&self) -> Result<<D::Vm as Vm>::Guest> {
-        self.ask(|reply| Request::Guest { reply }).await
+    /// What reaches the guest, if there is a VM.
+    pub fn guest(&self) -> Result<<D::Vm as Vm>::Guest> {
+        let state = self.snapshot.borrow().state;
+        let guest = lock(&self.guest).clone();
+        match guest {
+            Some(guest) if decide(state, Ask::Guest) == Decision::Do => Ok(guest),
+            // Between two states there may be no VM although there will be one.
+            _ => Err(rules::refusal(&self.name, state, Ask::Guest)),
+        }
     }
 
     async fn ask<T>(
         &self,
-        request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request<D>,
+        request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request,
     ) -> Result<T> {
         let gone = || Error::new(Code::Internal, "The instance's task has ended");
         let (reply, answer) = oneshot::channel();
@@ -224,6 +236,13 @@ impl<D: Driver> Machine<D> {
             .map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
+}
+
+/// Plain values: as good as ever after a panic elsewhere.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 #[cfg(test)]
