@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::driver::{Driver, GuestEvent, TRIM_EVERY, Vm, VmEvent};
+use super::driver::{Driver, TRIM_EVERY, Vm, VmEvent};
 use super::rules::{Ask, Decision, decide, refusal};
 use super::{BOOT_TIMEOUT, Config, GuestSlot, Request, Snapshot, lock};
 
@@ -17,13 +17,13 @@ pub(super) struct Actor<D: Driver> {
     pub(super) config: Config<D>,
     pub(super) vm: Option<D::Vm>,
     queue: mpsc::Receiver<Request>,
-    publish: watch::Sender<Snapshot>,
+    pub(super) publish: watch::Sender<Snapshot>,
     interrupt: Arc<Mutex<CancellationToken>>,
     guest: GuestSlot<D>,
     /// When a guest that reboots must be up again.
-    reboot_until: Option<Instant>,
+    pub(super) reboot_until: Option<Instant>,
     /// QEMU halted the machine because the host's disk was full.
-    halted: bool,
+    pub(super) halted: bool,
     /// This VM was started by firmware: a reset boots what the guest has chosen.
     by_firmware: bool,
 }
@@ -362,111 +362,6 @@ impl<D: Driver> Actor<D> {
         Ok(())
     }
 
-    /// What happens outside of requests.
-    async fn on_event(&mut self, event: VmEvent) {
-        match event {
-            VmEvent::Exited { reason } => {
-                if let Some(reason) = reason {
-                    let error = Error::new(
-                        Code::GuestStopped,
-                        format!(
-                            "The VM of '{}' ended unexpectedly: {reason}",
-                            self.config.name
-                        ),
-                    );
-                    self.config.snapshot.last_error = Some(self.with_console(error).into());
-                }
-                self.end_vm().await;
-                self.set_state(InstanceState::Stopped).await;
-            }
-            VmEvent::Panicked => {
-                let error = Error::new(
-                    Code::GuestStopped,
-                    format!("The kernel of '{}' panicked", self.config.name),
-                );
-                self.config.snapshot.last_error = Some(self.with_console(error).into());
-                self.set_state(InstanceState::Unknown).await;
-            }
-            VmEvent::Reset => {
-                self.reboot_until = Some(Instant::now() + BOOT_TIMEOUT);
-                self.set_state(InstanceState::Restarting).await;
-            }
-            VmEvent::DiskError { no_space, reason } => {
-                self.note_disk_error(no_space, &reason);
-                self.save_or_warn().await;
-            }
-            VmEvent::Shutdown { .. } => {}
-            VmEvent::Guest(GuestEvent::Up) => {
-                let waiting = matches!(
-                    self.config.snapshot.state,
-                    InstanceState::Restarting | InstanceState::Unknown
-                );
-                if waiting {
-                    self.reboot_until = None;
-                    self.set_state(InstanceState::Running).await;
-                }
-            }
-            VmEvent::Guest(event) => {
-                if self.note_guest(event) {
-                    self.save_or_warn().await;
-                }
-            }
-        }
-    }
-
-    pub(super) fn note_disk_error(&mut self, no_space: bool, reason: &str) {
-        let name = &self.config.name;
-        let error = if no_space {
-            self.halted = true;
-            Error::new(
-                Code::NoSpace,
-                format!("The host's disk is full: '{name}' is halted until there is space"),
-            )
-            .advise("Free some space; the instance then goes on by itself.")
-        } else {
-            Error::new(
-                Code::Io,
-                format!("The host could not read or write the disk of '{name}': {reason}"),
-            )
-        };
-        self.config.snapshot.last_error = Some(ErrorBody::from(&error));
-    }
-
-    /// Takes in what the guest tells; returns whether the journal should know.
-    pub(super) fn note_guest(&mut self, event: GuestEvent) -> bool {
-        let snapshot = &mut self.config.snapshot;
-        let mut keep = false;
-        match event {
-            GuestEvent::Up => {}
-            GuestEvent::CloudInit(cloud_init) => {
-                keep = snapshot.cloud_init.as_ref() != Some(&cloud_init);
-                snapshot.cloud_init = Some(cloud_init);
-            }
-            GuestEvent::Report {
-                report,
-                addresses,
-                other_kernel,
-            } => {
-                if other_kernel && !snapshot.firmware_boot {
-                    snapshot.firmware_boot = true;
-                    keep = true;
-                }
-                snapshot.report = Some(report);
-                snapshot.addresses = addresses;
-                // Our own network's address comes first; a guest may list others before it.
-                if let Some(at) = snapshot
-                    .addresses
-                    .iter()
-                    .position(|a| *a == self.config.address)
-                {
-                    snapshot.addresses.swap(0, at);
-                }
-            }
-        }
-        self.publish.send_replace(self.config.snapshot.clone());
-        keep
-    }
-
     /// Ends the VM if there is one and gives back what it used.
     pub(super) async fn end_vm(&mut self) {
         *lock(&self.guest) = None;
@@ -481,15 +376,6 @@ impl<D: Driver> Actor<D> {
         snapshot.started_at = None;
         snapshot.report = None;
         snapshot.addresses.clear();
-    }
-
-    pub(super) fn with_console(&self, mut error: Error) -> Error {
-        let tail = self.config.driver.console_tail();
-        if !tail.is_empty() {
-            error = error.detail("The console's last lines:");
-            error.details.extend(tail);
-        }
-        error
     }
 
     pub(super) fn note_phase(&mut self, phase: Phase, began: Instant) {
@@ -509,7 +395,7 @@ impl<D: Driver> Actor<D> {
         self.save_or_warn().await;
     }
 
-    async fn save_or_warn(&mut self) {
+    pub(super) async fn save_or_warn(&mut self) {
         if let Err(err) = self.save().await {
             tracing::error!(instance = %self.config.name, %err, "the state can't be saved");
         }

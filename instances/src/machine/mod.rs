@@ -18,12 +18,13 @@
 //! (`rules.rs`). Requests are taken one after the other; `stop --force` and `delete --purge`
 //! interrupt what is under way.
 //!
-//! Files: `actor.rs` the task; `boot.rs` waiting for a guest; `rules.rs` what is allowed;
+//! Files: `actor.rs` the task; `boot.rs` waiting for a guest; `events.rs` what comes by itself; `rules.rs` what is allowed;
 //! `driver.rs` what a hypervisor must do. The next step down is `instances/src/qemu/`.
 
 mod actor;
 mod boot;
 mod driver;
+mod events;
 mod rules;
 
 pub use driver::{Driver, GuestEvent, Journal, Vm, VmEvent};
