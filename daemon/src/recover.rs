@@ -111,7 +111,7 @@ pub async fn resume(service: &Service, instances: Vec<Arc<Instance>>) {
     for instance in instances {
         let name = instance.row().name;
         match resume_one(service, &instance).await {
-            Ok(true) => plugged.extend(wiring::nic(&instance.row())),
+            Ok(true) => plugged.push(wiring::nic(&instance.row())),
             Ok(false) => {}
             Err(err) => {
                 tracing::error!(instance = %name, %err, "can't be taken up again");

@@ -25,16 +25,15 @@ mod tools;
 pub mod user_mode;
 
 use std::collections::HashSet;
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use pileus_base::process::ProcessId;
 use pileus_base::{Code, Error, InstanceName, Result, files};
 
 pub use crate::subnet::Subnet;
+pub use pileus_base::Mac;
 
 use crate::dhcp::Settings;
 use crate::dhcp::process::Server;
@@ -44,43 +43,6 @@ use crate::netlink::Netlink;
 const USUAL_MTU: u32 = 1500;
 /// Below this IPv4 does not work well; an uplink that says so is not believed.
 const SMALLEST_MTU: u32 = 576;
-
-/// An Ethernet address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Mac(pub [u8; 6]);
-
-impl fmt::Display for Mac {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-impl FromStr for Mac {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let wrong = || {
-            Error::new(
-                Code::InvalidArgument,
-                format!("{text} is not a MAC address"),
-            )
-        };
-        let mut bytes = [0; 6];
-        let mut parts = text.split(':');
-        for byte in &mut bytes {
-            let part = parts
-                .next()
-                .filter(|part| part.len() == 2)
-                .ok_or_else(wrong)?;
-            *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
-        }
-        if parts.next().is_some() || text.contains('+') {
-            return Err(wrong());
-        }
-        Ok(Self(bytes))
-    }
-}
 
 /// What `Network::start` needs to know.
 #[derive(Debug, Clone)]

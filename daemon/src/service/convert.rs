@@ -29,7 +29,7 @@ pub fn instance(instance: &Instance) -> ApiInstance {
         cpus: row.spec.cpus,
         memory: row.spec.memory,
         disk: row.spec.disk,
-        mac: row.mac,
+        mac: row.mac.to_string(),
         ipv4,
         created_at: row.created_at,
         started_at: row.started_at,

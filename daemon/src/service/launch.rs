@@ -267,7 +267,7 @@ impl Service {
                 hostname: row.name.as_str(),
                 user_data: user_data.as_deref(),
                 nics: &[SeedNic {
-                    mac: row.mac.clone(),
+                    mac: row.mac.to_string(),
                     // User data may need the network: packages, includes.
                     optional: false,
                 }],
@@ -302,10 +302,10 @@ impl Service {
         image: Arc<Image>,
     ) -> Result<Config<QemuDriver>> {
         let row = instance.row();
-        let setup = wiring::setup(&self.parts.layout, &row, &image)?;
+        let setup = wiring::setup(&self.parts.layout, &row, &image);
         let wiring = HostWiring {
             service: self.clone(),
-            nic: wiring::nic(&row)?,
+            nic: wiring::nic(&row),
             slot: row.slot,
             _image: image,
         };

@@ -118,7 +118,7 @@ impl Service {
                 .await?;
             return Err(err);
         }
-        if let Err(err) = self.parts.network.detach(&super::wiring::nic(&row)?) {
+        if let Err(err) = self.parts.network.detach(&super::wiring::nic(&row)) {
             tracing::warn!(instance = %row.name, %err, "its network entry can't be removed");
         }
         files::remove_folder(&self.parts.layout.instance_run(row.id))?;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use pileus_base::{Error, Layout, Result};
+use pileus_base::{Error, Layout, Mac, Result};
 use pileus_images::Image;
 use pileus_instances::driver::{DirectBoot, Host, Setup, Wiring};
 use pileus_instances::qemu::host::{KvmFacts, choose};
@@ -60,17 +60,17 @@ impl Finder {
 }
 
 /// The instance's place in the network.
-pub fn nic(row: &InstanceRow) -> Result<Nic> {
-    Ok(Nic {
+pub fn nic(row: &InstanceRow) -> Nic {
+    Nic {
         ifname: format!("pil{}", row.slot),
-        mac: row.mac.parse()?,
+        mac: row.mac,
         address: row.address,
         hostname: row.name.clone(),
-    })
+    }
 }
 
 /// What a start of the instance needs.
-pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Result<Setup> {
+pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Setup {
     let direct_boot = match (image.kernel(), image.cmdline()) {
         (Some(kernel), Some(cmdline)) => Some(DirectBoot {
             kernel,
@@ -79,7 +79,7 @@ pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Result<Setup>
         }),
         _ => None,
     };
-    Ok(Setup {
+    Setup {
         name: row.name.clone(),
         id: row.id,
         cpus: row.spec.cpus,
@@ -89,9 +89,9 @@ pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Result<Setup>
         direct_boot,
         folder: layout.instance(row.id),
         run: layout.instance_run(row.id),
-        mac: row.mac.parse()?,
+        mac: row.mac,
         address: row.address,
-    })
+    }
 }
 
 /// One instance's wiring.
@@ -156,12 +156,9 @@ fn kvm_group() -> Option<u32> {
 }
 
 /// A MAC address in QEMU's range that nobody else has.
-pub fn random_mac() -> String {
-    let bytes = uuid::Uuid::new_v4().into_bytes();
-    format!(
-        "52:54:00:{:02x}:{:02x}:{:02x}",
-        bytes[0], bytes[1], bytes[2]
-    )
+pub fn random_mac() -> Mac {
+    let [a, b, c, ..] = uuid::Uuid::new_v4().into_bytes();
+    Mac([0x52, 0x54, 0, a, b, c])
 }
 
 /// For errors that only a bug can cause.

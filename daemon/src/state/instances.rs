@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use pileus_api::{CloudInit, ErrorBody, InstanceImage, InstanceState, PhaseTime, Timestamp};
 use pileus_base::process::ProcessId;
-use pileus_base::{Code, Error, InstanceName, Result, Size};
+use pileus_base::{Code, Error, InstanceName, Mac, Result, Size};
 use rusqlite::{OptionalExtension, Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -73,7 +73,7 @@ pub struct InstanceRow {
     pub id: Uuid,
     pub name: InstanceName,
     pub address: Ipv4Addr,
-    pub mac: String,
+    pub mac: Mac,
     /// A small number of its own: names the tap and the user that its QEMU runs as.
     pub slot: u32,
     pub stage: Stage,
@@ -123,7 +123,7 @@ pub fn insert(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
             row.id.to_string(),
             row.name.as_str(),
             row.address.to_string(),
-            row.mac,
+            row.mac.to_string(),
             row.slot,
             row.stage.as_str(),
             row.deleted,
@@ -233,7 +233,7 @@ fn parse(row: &Row<'_>) -> Result<InstanceRow, String> {
         id: read("id", &text(row, "id")?)?,
         name: read("name", &text(row, "name")?)?,
         address: read("address", &text(row, "address")?)?,
-        mac: text(row, "mac")?,
+        mac: read("mac", &text(row, "mac")?)?,
         slot: row.get("slot").map_err(|err| format!("slot: {err}"))?,
         stage: Stage::parse(&state).ok_or_else(|| format!("state: {state:?} is unknown"))?,
         deleted: row
@@ -266,7 +266,7 @@ pub(crate) mod tests {
             id: Uuid::new_v4(),
             name: name.parse().unwrap(),
             address: Ipv4Addr::from(0x0a00_0002 + slot),
-            mac: format!("52:54:00:00:00:{slot:02x}"),
+            mac: Mac([0x52, 0x54, 0, 0, 0, slot as u8]),
             slot,
             stage: Stage::Is(InstanceState::Stopped),
             deleted: false,

@@ -243,14 +243,10 @@ async fn a_terminal_has_its_size_and_takes_signals() {
     let end = finish(session).await;
     assert_eq!((text(&end.stdout), end.code), ("20 90\r\n".into(), Some(5)));
 
-    let session = guest
-        .exec(&spec(&[
-            "sh",
-            "-c",
-            "trap 'exit 9' USR1; while :; do sleep 0.05; done",
-        ]))
-        .await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let script = "trap 'exit 9' USR1; echo ready; while :; do sleep 0.05; done";
+    let mut session = guest.exec(&spec(&["sh", "-c", script])).await;
+    let ready = timeout(SOON, session.output.recv()).await.unwrap();
+    assert!(matches!(ready, Some(Output::Stdout(_))), "{ready:?}");
     let control = session.control.clone();
     control.send(Control::Signal("USR1".into())).await.unwrap();
     assert_eq!(finish(session).await.code, Some(9));

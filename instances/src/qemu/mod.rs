@@ -20,6 +20,7 @@ pub mod spec;
 pub mod vm;
 
 pub use host::Qemu;
+pub use pileus_base::Mac;
 pub use process::{Confinement, Exit};
-pub use spec::{Accelerator, AcceleratorChoice, Boot, Disk, Mac, MachineSpec, Paths, Port};
+pub use spec::{Accelerator, AcceleratorChoice, Boot, Disk, MachineSpec, Paths, Port};
 pub use vm::{PowerState, Vm, VmEvent};

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use pileus_base::process::ProcessId;
-use pileus_base::{Code, Error, Result, files};
+use pileus_base::{Code, Error, Mac, Result, files};
 use pileus_qmp::commands::{
     CloseFd, Cont, DeviceAdd, DeviceDel, GetFd, NetdevAddTap, NetdevDel, QueryStatus, Quit, Stop,
     SystemPowerdown, SystemReset,
@@ -21,7 +21,7 @@ use tokio::task::AbortHandle;
 
 use super::host::Qemu;
 use super::process::{self, Confinement, Exit};
-use super::spec::{Mac, MachineSpec, Paths, Port};
+use super::spec::{MachineSpec, Paths, Port};
 
 /// Bound on QEMU's first answer; measured 15 to 100 ms, more on a host that swaps.
 const START_BOUND: Duration = Duration::from_secs(30);
