@@ -80,7 +80,7 @@ fn guest_user_mode() {
         Need::Guest,
         Need::Program("pasta"),
         Need::Program("newuidmap"),
-        Need::Program("runuser"),
+        Need::Program("setpriv"),
     ];
     if !need(&needs) {
         return;
@@ -130,11 +130,15 @@ fn guest_user_mode() {
     let links = String::from_utf8_lossy(&links.stdout).into_owned();
     assert!(!links.contains("pileus0"), "{links}");
     // A new daemon finds its way back into the namespace.
+    let before = daemon.pid();
     daemon.kill();
     daemon.start_again();
+    assert_ne!(daemon.pid(), before);
     pileus_testkit::wait_until("the guest is adopted", 20, || {
         (daemon.state("foo") == "Running").then_some(())
     });
+    let starts = daemon.log().matches("ready socket=").count();
+    assert_eq!(starts, 2, "it is the old daemon");
     assert_eq!(exec(&daemon, &["hostname"]), "foo\n");
     daemon.run(&["delete", "--purge", "foo"]).ok();
     daemon.stop();

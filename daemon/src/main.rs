@@ -1,6 +1,7 @@
 //! `pileusd`: reads the command line, moves into the user's namespace if it must, and runs the daemon
 //! (`lib.rs`).
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -55,6 +56,7 @@ fn start_log(args: &Args) {
     });
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     if args.log_json {
         log.json().init();

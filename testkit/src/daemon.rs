@@ -264,8 +264,11 @@ impl Daemon {
     pub fn inside(&self, program: &Path) -> Command {
         let mut command = match &self.options.user {
             Some(user) => {
-                let mut command = self.namespace.command("runuser");
-                command.args(["-u", user, "--"]).arg(program);
+                // Becomes the program; one that forks would be killed in the program's place.
+                let mut command = self.namespace.command("setpriv");
+                command
+                    .args(["--reuid", user, "--regid", user, "--init-groups", "--"])
+                    .arg(program);
                 command
             }
             None => self.namespace.command(program),
@@ -352,6 +355,21 @@ impl Daemon {
             )
     }
 
+    /// Pids of processes that have this daemon's folder on their command line: what it left in
+    /// namespaces of its own (dnsmasq, the holder of a user's network).
+    fn others(&self) -> Vec<i32> {
+        let folder = self.folder.path().display().to_string();
+        let mut pids = Vec::new();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            if String::from_utf8_lossy(&line).contains(&folder) {
+                let pid = entry.file_name().to_string_lossy().parse::<i32>();
+                pids.extend(pid.ok());
+            }
+        }
+        pids
+    }
+
     /// Pids of the machines that run on this storage, whoever started them.
     pub fn machines(&self) -> Vec<i32> {
         let run = self.storage().join("run/i");
@@ -382,7 +400,7 @@ impl Drop for Daemon {
         }
         // The daemon first, so that it doesn't wonder where its machines are.
         self.kill();
-        for pid in self.machines() {
+        for pid in self.machines().into_iter().chain(self.others()) {
             let _ = Command::new("kill")
                 .args(["-KILL", &pid.to_string()])
                 .status();
