@@ -144,6 +144,40 @@ fn fake_machines_outlive_the_daemon() {
     daemon.run(&["start", "foo", "bar"]).ok();
 }
 
+/// An instance whose image is still on its way can't be deleted under its launch's hands.
+#[test]
+fn fake_delete_while_the_image_comes() {
+    if !need(&[Need::Root, Need::Tun, Need::Program("python3")]) {
+        return;
+    }
+    let daemon = Daemon::fake();
+    let script = "import socket,time; s=socket.socket(); s.bind(('127.0.0.1',8099)); s.listen(); time.sleep(60)";
+    let mut silent_host = daemon
+        .namespace()
+        .command("python3")
+        .args(["-c", script])
+        .spawn()
+        .unwrap();
+    let mut launch = daemon
+        .command(&["launch", "http://127.0.0.1:8099/disk.img", "--name", "foo"])
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("the launch is known", 10, || {
+        (daemon.state("foo") != "none").then_some(())
+    });
+    let refused = daemon.run(&["delete", "--purge", "foo"]).fails_with(2);
+    assert!(refused.contains("is being prepared"), "{refused}");
+    let pid = nix::unistd::Pid::from_raw(launch.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    assert!(!launch.wait().unwrap().success());
+    assert_eq!(daemon.run(&["list"]).ok(), "No instances found.\n");
+    silent_host.kill().unwrap();
+    silent_host.wait().unwrap();
+}
+
 /// Ctrl-C in a launch takes everything back.
 #[test]
 fn fake_cancelled_launch() {

@@ -164,13 +164,7 @@ impl Service {
         // A guest that began to boot may be worth a look; what never started, or what the user does
         // not want any more, goes.
         let unwanted = error.code == Code::Cancelled && report.check().is_err();
-        let started = instance
-            .row()
-            .history
-            .phases
-            .iter()
-            .any(|p| p.phase == Phase::Starting);
-        if unwanted || !started {
+        if unwanted || !instance.row().spec.booted {
             self.end(instance, &Reporter::silent()).await?;
             return Err(error);
         }

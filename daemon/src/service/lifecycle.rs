@@ -61,8 +61,9 @@ impl Service {
     /// Moves to the trash after a shutdown, or deletes for good at once.
     pub async fn delete(&self, name: &str, purge: bool) -> Result<Operation> {
         let instance = self.parts.registry.get(name)?;
-        if !purge {
-            // One that can't run can only be purged.
+        // Its launch still writes its files: that has to be cancelled, not pulled away. Otherwise one
+        // that can't run can at least be purged.
+        if !purge || instance.row().stage == Stage::Is(InstanceState::Creating) {
             instance.machine()?;
         }
         let service = self.clone();

@@ -53,7 +53,7 @@ impl Instance {
                 Code::WrongState,
                 format!("instance \"{}\" is being prepared", self.row().name),
             )
-            .advise("Wait until its launch has ended.")),
+            .advise("Wait until its launch has ended, or cancel the launch (Ctrl-C).")),
         }
     }
 
