@@ -55,12 +55,17 @@ impl From<ErrorBody> for Error {
 /// The HTTP status of a code.
 pub fn http_status(code: Code) -> u16 {
     match code {
-        Code::InstanceNotFound | Code::ImageNotFound | Code::OperationNotFound => 404,
+        Code::InstanceNotFound
+        | Code::ImageNotFound
+        | Code::OperationNotFound
+        | Code::TemplateNotFound
+        | Code::SettingNotFound => 404,
         Code::PermissionDenied => 403,
         Code::InstanceExists
         | Code::InstanceDeleted
         | Code::WrongState
         | Code::ImageInUse
+        | Code::NoTemplate
         | Code::StorageLocked => 409,
         Code::ImageTooLarge => 413,
         Code::NoSpace | Code::NoMemory => 507,

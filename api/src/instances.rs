@@ -82,6 +82,60 @@ pub struct LaunchRequest {
     /// Seconds for the boot, and again for cloud-init; 300 if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<u64>,
+    /// Whether to start from a template; `auto` if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warm: Option<Warm>,
+    /// Seconds after which the instance is deleted for good unless the lease is renewed; its VM ends
+    /// with the daemon too. For throw-away instances; without it an instance stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<u64>,
+    /// Keep what the guest writes in memory (a tmpfs) instead of on disk. Only with a lease.
+    #[serde(default)]
+    pub disk_in_memory: bool,
+}
+
+/// Whether a launch starts from a template.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Warm {
+    /// If there is one that fits; otherwise the guest boots.
+    #[default]
+    Auto,
+    /// Always boot.
+    Never,
+    /// Fail if there is none that fits.
+    Require,
+}
+
+/// Where an instance's first run came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Origin {
+    /// It booted.
+    Cold {
+        /// Why it did not start from a template; none if nobody expected it to.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+    },
+    /// It started from this template.
+    Warm { template: String },
+    /// It was forked from this instance.
+    Fork { of: InstanceName },
+}
+
+/// Renews a lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LeaseRequest {
+    /// From now on; 0 ends the lease and keeps the instance.
+    pub seconds: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct PortQuery {
+    /// A TCP port on the guest's loopback.
+    pub port: u16,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -141,6 +195,11 @@ pub struct Instance {
     pub created_at: Timestamp,
     #[schema(value_type = Option<String>, format = "date-time")]
     pub started_at: Option<Timestamp>,
+    /// Where its first run came from.
+    pub origin: Origin,
+    /// When it is deleted unless the lease is renewed; none for one that stays.
+    #[schema(value_type = Option<String>, format = "date-time")]
+    pub lease_expires_at: Option<Timestamp>,
     /// How long each phase of the last launch or start took.
     pub phases: Vec<PhaseTime>,
     /// What cloud-init said of the instance's first boot.

@@ -12,24 +12,34 @@ pub mod blob;
 pub mod error;
 pub mod events;
 pub mod exec;
+pub mod identity;
 pub mod images;
 pub mod instances;
 pub mod operations;
 pub mod routes;
 pub mod server;
+pub mod settings;
+pub mod templates;
 
 pub use blob::Blob;
 pub use error::{ErrorBody, ErrorReply};
 pub use events::Event;
 pub use exec::{ExecControl, ExecEvent, ExecRequest, Tty};
+pub use identity::{Identity, IdentityItem};
 pub use images::{CatalogEntry, Image, PruneReply, PrunedImage};
 pub use instances::{
     CloudInit, CloudInitStatus, DeleteQuery, GuestReport, Instance, InstanceImage, InstanceState,
-    LaunchRequest, LogQuery, PhaseTime, StartRequest, StopRequest, Usage,
+    LaunchRequest, LeaseRequest, LogQuery, Origin, PhaseTime, PortQuery, StartRequest, StopRequest,
+    Usage, Warm,
 };
 pub use operations::{Operation, OperationEvent, OperationKind, OperationState, Progress};
 pub use pileus_base::{Class, Code, Digest, InstanceName, Phase, Size};
 pub use server::{Hypervisor, ServerInfo};
+pub use settings::{Setting, SettingRequest};
+pub use templates::{
+    ForkReply, ForkRequest, PrunedTemplate, Template, TemplatePruneQuery, TemplateRequest,
+    TemplateState,
+};
 
 /// A point in time, RFC 3339 in UTC.
 pub type Timestamp = jiff::Timestamp;

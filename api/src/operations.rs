@@ -26,6 +26,10 @@ pub enum OperationKind {
     Delete,
     /// Brings an image into the store.
     Pull,
+    /// Boots a machine and saves it as a template.
+    CreateTemplate,
+    /// Clones a running instance.
+    Fork,
 }
 
 impl OperationKind {
@@ -37,6 +41,8 @@ impl OperationKind {
             OperationKind::Restart => "restart",
             OperationKind::Delete => "delete",
             OperationKind::Pull => "pull",
+            OperationKind::CreateTemplate => "create-template",
+            OperationKind::Fork => "fork",
         }
     }
 }

@@ -11,6 +11,17 @@ pub const INSTANCE_RESTART: &str = "/v1/instances/{name}/restart";
 pub const INSTANCE_RECOVER: &str = "/v1/instances/{name}/recover";
 pub const INSTANCE_EXEC: &str = "/v1/instances/{name}/exec";
 pub const INSTANCE_LOG: &str = "/v1/instances/{name}/log";
+/// Renews the lease of a throw-away instance.
+pub const INSTANCE_LEASE: &str = "/v1/instances/{name}/lease";
+pub const INSTANCE_FORK: &str = "/v1/instances/{name}/fork";
+pub const INSTANCE_IDENTITY: &str = "/v1/instances/{name}/identity";
+/// WebSocket to a TCP port in the guest: binary messages both ways.
+pub const INSTANCE_PORT: &str = "/v1/instances/{name}/port";
+pub const TEMPLATES: &str = "/v1/templates";
+pub const TEMPLATE: &str = "/v1/templates/{id}";
+pub const TEMPLATES_PRUNE: &str = "/v1/templates/prune";
+pub const SETTINGS: &str = "/v1/settings";
+pub const SETTING: &str = "/v1/settings/{key}";
 pub const PURGE: &str = "/v1/purge";
 pub const CATALOG: &str = "/v1/catalog";
 pub const IMAGES: &str = "/v1/images";

@@ -73,6 +73,10 @@ codes! {
     /// The image is larger than the limit.
     ImageTooLarge = "image-too-large", User;
     OperationNotFound = "operation-not-found", User;
+    TemplateNotFound = "template-not-found", User;
+    /// No template fits the launch, or the one that would can't be used.
+    NoTemplate = "no-template", User;
+    SettingNotFound = "setting-not-found", User;
     /// The caller may not use this daemon.
     PermissionDenied = "permission-denied", User;
 
@@ -119,6 +123,8 @@ codes! {
     ShutdownTimeout = "shutdown-timeout", Guest;
     /// The guest can't be reached by agent or SSH.
     GuestUnreachable = "guest-unreachable", Guest;
+    /// A guest that was restored did not take its identity.
+    IdentityFailed = "identity-failed", Guest;
     /// The command could not be run in the guest.
     ExecFailed = "exec-failed", Guest;
 

@@ -33,6 +33,16 @@ pub enum Phase {
     Booting,
     /// Waiting until cloud-init is done.
     Initializing,
+    /// Loading a template's memory and devices.
+    Restoring,
+    /// Giving a restored guest an identity of its own.
+    Identifying,
+    /// Bringing a guest to a quiet point.
+    Quieting,
+    /// Saving a machine as a template.
+    Saving,
+    /// An instance stands still while its memory is taken.
+    Forking,
     /// Waiting for the guest to shut down.
     Stopping,
     Deleting,
@@ -51,6 +61,11 @@ impl Phase {
             Phase::Starting => "starting",
             Phase::Booting => "booting",
             Phase::Initializing => "initializing",
+            Phase::Restoring => "restoring",
+            Phase::Identifying => "identifying",
+            Phase::Quieting => "quieting",
+            Phase::Saving => "saving",
+            Phase::Forking => "forking",
             Phase::Stopping => "stopping",
             Phase::Deleting => "deleting",
         }
