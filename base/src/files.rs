@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::{Code, Error, Result, ResultExt};
@@ -48,6 +48,29 @@ pub fn create_folder(path: &Path, mode: u32) -> Result<()> {
         .mode(mode)
         .create(path)
         .io(format_args!("Creating {}", path.display()))
+}
+
+/// As [`create_folder`], for a place where others can make folders too (/tmp, /dev/shm): one that is
+/// somebody else's, or that others can write to, is refused.
+pub fn create_own_folder(path: &Path, mode: u32) -> Result<()> {
+    create_folder(path, mode)?;
+    let found = fs::symlink_metadata(path).io(format_args!("Looking at {}", path.display()))?;
+    let ours = found.is_dir()
+        && found.uid() == rustix::process::geteuid().as_raw()
+        && found.mode() & 0o022 == 0;
+    if ours {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::PermissionDenied,
+        format!("{} belongs to somebody else", path.display()),
+    )
+    .advise("Remove it, or ask its owner to."))
+}
+
+/// Bytes that a file really takes on its file system.
+pub fn allocated(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |found| found.blocks().saturating_mul(512))
 }
 
 /// Reads a file of at most `limit` bytes.
@@ -150,6 +173,22 @@ fn parent(path: &Path) -> Result<&Path> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_of_somebody_else_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        create_own_folder(&path, 0o700).unwrap();
+        create_own_folder(&path, 0o700).unwrap();
+        set_mode(&path, 0o777).unwrap();
+        assert_eq!(
+            create_own_folder(&path, 0o700).unwrap_err().code,
+            Code::PermissionDenied
+        );
+        let link = dir.path().join("b");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        assert!(create_own_folder(&link, 0o700).is_err());
+    }
 
     #[test]
     fn atomic_write_replaces_and_leaves_nothing_else() {

@@ -6,10 +6,14 @@
 //!         lock               held by the one daemon of this storage
 //!         instances/ID/      disk.qcow2, seed.iso, console.log, user-data, keys
 //!         images/            the image store (see images/src/store.rs)
+//!         templates/ID/      saved machines that launches start from (docs/decisions/0010)
+//!         layers/ID.qcow2    disks that were frozen, shared by the instances that stand on them
 //! cache/                     what can be fetched again: downloads, package lists
 //! run/    pileusd.sock       the API
 //!         i/ID8/             QMP, agent, SSH and console sockets of a running instance
 //!         net/               dnsmasq's files, the user-mode namespace's holder
+//! memory/                    a folder of ours on a tmpfs: disks and memories that may be lost with a
+//!                            restart of the host
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -22,6 +26,8 @@ pub struct Layout {
     pub data: PathBuf,
     pub cache: PathBuf,
     pub run: PathBuf,
+    /// On the host's tmpfs; made when it is first used.
+    pub memory: PathBuf,
 }
 
 /// What the environment says about a user's folders; read in `main`, passed in here.
@@ -43,8 +49,10 @@ impl Layout {
         } else {
             run
         };
+        let data = dir.join("data");
         Self {
-            data: dir.join("data"),
+            memory: memory(&data, uid),
+            data,
             cache: dir.join("cache"),
             run,
         }
@@ -52,8 +60,10 @@ impl Layout {
 
     /// The folders of the system's daemon.
     pub fn system() -> Self {
+        let data = PathBuf::from("/var/lib/pileus");
         Self {
-            data: "/var/lib/pileus".into(),
+            memory: memory(&data, 0),
+            data,
             cache: "/var/cache/pileus".into(),
             run: "/run/pileus".into(),
         }
@@ -76,6 +86,7 @@ impl Layout {
             _ => short_run(&data, folders.uid),
         };
         Self {
+            memory: memory(&data, folders.uid),
             data,
             cache: cache.join("pileus"),
             run,
@@ -106,6 +117,14 @@ impl Layout {
         self.instances().join(id.to_string())
     }
 
+    pub fn templates(&self) -> PathBuf {
+        self.data.join("templates")
+    }
+
+    pub fn layers(&self) -> PathBuf {
+        self.data.join("layers")
+    }
+
     /// Folder of a running instance's sockets; short, because socket paths are.
     pub fn instance_run(&self, id: uuid::Uuid) -> PathBuf {
         let text = id.simple().to_string();
@@ -119,6 +138,16 @@ impl Layout {
 
 /// A short folder for a storage whose own path is too long, the same one at each start.
 fn short_run(dir: &Path, uid: u32) -> PathBuf {
+    Path::new("/tmp").join(own_name(dir, uid))
+}
+
+/// A storage's folder on the tmpfs that every Linux has.
+fn memory(data: &Path, uid: u32) -> PathBuf {
+    Path::new("/dev/shm").join(own_name(data, uid))
+}
+
+/// A name for a folder beside those of others.
+fn own_name(dir: &Path, uid: u32) -> String {
     // FNV-1a: only has to be stable and spread; the daemon refuses a folder that it doesn't own.
     let hash = dir
         .as_os_str()
@@ -127,7 +156,7 @@ fn short_run(dir: &Path, uid: u32) -> PathBuf {
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
         });
-    PathBuf::from(format!("/tmp/pileus-{uid}-{hash:016x}"))
+    format!("pileus-{uid}-{hash:016x}")
 }
 
 #[cfg(test)]

@@ -30,10 +30,19 @@ pub fn create(path: &Path, size: Size, base: &Path) -> Result<()> {
         )
         .advise(format!("Ask for a disk of at least {}.", Size(base_size))));
     }
-    let name = base.to_str().ok_or_else(|| {
+    make(path, size, base, "raw")
+}
+
+/// Makes the overlay `path` (which must not exist) on another overlay, whose guest sees `size` bytes.
+pub fn create_on_layer(path: &Path, size: Size, layer: &Path) -> Result<()> {
+    make(path, size, layer, "qcow2")
+}
+
+fn make(path: &Path, size: Size, below: &Path, format: &str) -> Result<()> {
+    let name = below.to_str().ok_or_else(|| {
         Error::new(
             Code::InvalidArgument,
-            format!("The path {} is not valid UTF-8", base.display()),
+            format!("The path {} is not valid UTF-8", below.display()),
         )
     })?;
     let what = format!("Creating {}", path.display());
@@ -41,7 +50,7 @@ pub fn create(path: &Path, size: Size, base: &Path) -> Result<()> {
     let file = File::create_open(options).io(&what)?;
     let made = Qcow2::<File>::create_builder(file)
         .size(size.round_up(SECTOR).bytes())
-        .backing(name.to_owned(), "raw".to_owned())
+        .backing(name.to_owned(), format.to_owned())
         .create()
         .io(&what);
     if made.is_err() {

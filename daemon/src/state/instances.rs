@@ -3,7 +3,9 @@
 
 use std::net::Ipv4Addr;
 
-use pileus_api::{CloudInit, ErrorBody, InstanceImage, InstanceState, PhaseTime, Timestamp};
+use pileus_api::{
+    CloudInit, ErrorBody, InstanceImage, InstanceState, Origin, PhaseTime, Timestamp,
+};
 use pileus_base::process::ProcessId;
 use pileus_base::{Code, Error, InstanceName, Mac, Result, Size};
 use rusqlite::{OptionalExtension, Row, Transaction, params};
@@ -29,6 +31,32 @@ pub struct Spec {
     /// Its VM ran at least once: from then on a start that fails is no reason to remove it.
     #[serde(default)]
     pub booted: bool,
+    /// Where its first run came from.
+    #[serde(default = "booted_cold")]
+    pub origin: Origin,
+    /// The layers between the image and its own disk, the lowest first. Shared, never written.
+    #[serde(default)]
+    pub layers: Vec<Layer>,
+    /// A layer that is being made of its disk (`service/fork.rs`).
+    #[serde(default)]
+    pub freezing: Option<Uuid>,
+    /// Its disk lies in memory.
+    #[serde(default)]
+    pub disk_in_memory: bool,
+}
+
+/// A read-only qcow2 file that instances stand on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Layer {
+    /// The disk of the template with this id.
+    Template(String),
+    /// A disk that was frozen: `data/layers/ID.qcow2`.
+    Frozen(Uuid),
+}
+
+pub fn booted_cold() -> Origin {
+    Origin::Cold { reason: None }
 }
 
 /// How the last start went.
@@ -80,6 +108,8 @@ pub struct InstanceRow {
     pub deleted: bool,
     pub created_at: Timestamp,
     pub started_at: Option<Timestamp>,
+    /// When it is deleted unless the lease is renewed.
+    pub lease: Option<Timestamp>,
     pub spec: Spec,
     pub process: Option<ProcessId>,
     pub history: History,
@@ -94,7 +124,7 @@ pub struct BrokenRow {
 }
 
 const COLUMNS: &str = "id, name, address, mac, slot, state, deleted, created_at, started_at, spec, \
-                       process, history";
+                       process, history, lease";
 
 /// Adds a new instance; its name, address, MAC and slot must be free.
 pub fn insert(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
@@ -117,7 +147,7 @@ pub fn insert(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
     }
     tx.execute(
         &format!(
-            "INSERT INTO instances ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12)"
+            "INSERT INTO instances ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13)"
         ),
         params![
             row.id.to_string(),
@@ -132,6 +162,7 @@ pub fn insert(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
             json(&row.spec)?,
             row.process.map(|p| json(&p)).transpose()?,
             json(&row.history)?,
+            row.lease.map(|t| t.to_string()),
         ],
     )
     .map_err(|err| database("Writing", err))?;
@@ -142,7 +173,7 @@ pub fn insert(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
 pub fn update(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
     tx.execute(
         "UPDATE instances SET name = ?2, state = ?3, deleted = ?4, started_at = ?5, spec = ?6,
-         process = ?7, history = ?8 WHERE id = ?1",
+         process = ?7, history = ?8, lease = ?9 WHERE id = ?1",
         params![
             row.id.to_string(),
             row.name.as_str(),
@@ -152,6 +183,7 @@ pub fn update(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
             json(&row.spec)?,
             row.process.map(|p| json(&p)).transpose()?,
             json(&row.history)?,
+            row.lease.map(|t| t.to_string()),
         ],
     )
     .map_err(|err| database("Writing", err))?;
@@ -243,6 +275,9 @@ fn parse(row: &Row<'_>) -> Result<InstanceRow, String> {
         started_at: optional(row, "started_at")?
             .map(|t| read("started_at", &t))
             .transpose()?,
+        lease: optional(row, "lease")?
+            .map(|t| read("lease", &t))
+            .transpose()?,
         spec: read_json("spec", &text(row, "spec")?)?,
         process: optional(row, "process")?
             .map(|p| read_json("process", &p))
@@ -272,6 +307,7 @@ pub(crate) mod tests {
             deleted: false,
             created_at: Timestamp::UNIX_EPOCH,
             started_at: None,
+            lease: Some(Timestamp::UNIX_EPOCH),
             spec: Spec {
                 cpus: 1,
                 memory: Size::gib(1),
@@ -280,6 +316,10 @@ pub(crate) mod tests {
                 machine_type: None,
                 firmware_boot: false,
                 booted: false,
+                origin: booted_cold(),
+                layers: vec![Layer::Template("0123".into()), Layer::Frozen(Uuid::nil())],
+                freezing: None,
+                disk_in_memory: false,
             },
             process: None,
             history: History::default(),

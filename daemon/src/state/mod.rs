@@ -3,8 +3,9 @@
 //! One thread owns the connection; everyone else sends it closures and awaits their results, so that
 //! each closure is one transaction and no lock is held across an await. WAL with `synchronous=FULL`:
 //! what was committed survives a power cut. One file a table: `instances.rs`, `operations.rs`,
-//! `settings.rs`; the schema is in `0001.sql`.
+//! `settings.rs`, `demand.rs`; the schema is in `0001.sql` and what follows it.
 
+pub mod demand;
 pub mod instances;
 pub mod operations;
 pub mod settings;
@@ -16,7 +17,7 @@ use pileus_base::{Code, Error, Result};
 use rusqlite::{Connection, Transaction};
 use tokio::sync::oneshot;
 
-const MIGRATIONS: &[&str] = &[include_str!("0001.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("0001.sql"), include_str!("0002.sql")];
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 

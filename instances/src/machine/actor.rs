@@ -16,7 +16,7 @@ use super::{BOOT_TIMEOUT, Config, GuestSlot, Request, Snapshot, lock};
 pub(super) struct Actor<D: Driver> {
     pub(super) config: Config<D>,
     pub(super) vm: Option<D::Vm>,
-    queue: mpsc::Receiver<Request>,
+    queue: mpsc::Receiver<Request<D>>,
     pub(super) publish: watch::Sender<Snapshot>,
     interrupt: Arc<Mutex<CancellationToken>>,
     guest: GuestSlot<D>,
@@ -32,7 +32,7 @@ impl<D: Driver> Actor<D> {
     pub(super) fn new(
         config: Config<D>,
         vm: Option<D::Vm>,
-        queue: mpsc::Receiver<Request>,
+        queue: mpsc::Receiver<Request<D>>,
         publish: watch::Sender<Snapshot>,
         (interrupt, guest): (Arc<Mutex<CancellationToken>>, GuestSlot<D>),
     ) -> Self {
@@ -109,17 +109,18 @@ impl<D: Driver> Actor<D> {
         }
     }
 
-    async fn handle(&mut self, request: Request) {
+    async fn handle(&mut self, request: Request<D>) {
         let token = CancellationToken::new();
         *lock(&self.interrupt) = token.clone();
         match request {
             Request::Start {
+                vm,
                 timeout,
                 before,
                 report,
                 reply,
             } => {
-                let done = self.start(timeout, before, &report, &token).await;
+                let done = self.start(vm, timeout, before, &report, &token).await;
                 let _ = reply.send(done);
             }
             Request::Stop {
@@ -152,20 +153,38 @@ impl<D: Driver> Actor<D> {
 
     async fn start(
         &mut self,
+        vm: Option<D::Vm>,
         timeout: Duration,
         before: Vec<pileus_api::PhaseTime>,
         report: &Reporter,
         interrupt: &CancellationToken,
     ) -> Result<()> {
-        if self.permit(Ask::Start)? == Decision::Nothing {
-            return Ok(());
+        match self.permit(Ask::Start) {
+            Ok(Decision::Do) => {}
+            decided => {
+                // Whoever brings a VM gives it away.
+                if let Some(vm) = vm {
+                    vm.kill().await;
+                }
+                return decided.map(drop);
+            }
+        }
+        let restored = vm.is_some();
+        if let Some(vm) = vm {
+            self.own(vm);
         }
         self.config.snapshot.phases = before;
         self.config.snapshot.last_error = None;
         self.set_state(InstanceState::Starting).await;
         let report = report.clone();
         let done = match interrupt
-            .run_until_cancelled(self.boot(timeout, &report))
+            .run_until_cancelled(async {
+                if restored {
+                    self.save().await?;
+                    return self.finish_cloud_init(timeout, &report).await;
+                }
+                self.boot(timeout, &report).await
+            })
             .await
         {
             Some(done) => done,
@@ -185,13 +204,17 @@ impl<D: Driver> Actor<D> {
             .or_cancelled(self.config.driver.start(firmware, report))
             .await?;
         self.by_firmware = firmware;
+        self.own(vm);
+        self.note_phase(Phase::Starting, began);
+        self.save().await?;
+        self.finish_boot(timeout, report).await
+    }
+
+    fn own(&mut self, vm: D::Vm) {
         self.config.snapshot.process = Some(vm.process());
         self.config.snapshot.started_at = Some((self.config.clock)());
         *lock(&self.guest) = Some(vm.guest());
         self.vm = Some(vm);
-        self.note_phase(Phase::Starting, began);
-        self.save().await?;
-        self.finish_boot(timeout, report).await
     }
 
     /// Brings the instance into the state that the outcome of a start calls for.

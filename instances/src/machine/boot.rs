@@ -24,7 +24,15 @@ impl<D: Driver> Actor<D> {
         .await
         .map_err(|err| self.explain(err, Phase::Booting, timeout))?;
         self.note_phase(Phase::Booting, began);
+        self.finish_cloud_init(timeout, report).await
+    }
 
+    /// Waits until cloud-init has ended.
+    pub(super) async fn finish_cloud_init(
+        &mut self,
+        timeout: Duration,
+        report: &Reporter,
+    ) -> Result<()> {
         let began = Instant::now();
         report.phase(Phase::Initializing);
         let result = self

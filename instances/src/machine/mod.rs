@@ -90,8 +90,10 @@ pub struct Config<D: Driver> {
     pub clock: fn() -> Timestamp,
 }
 
-pub(crate) enum Request {
+pub(crate) enum Request<D: Driver> {
     Start {
+        /// A VM that runs already, with a guest that is up: one that was restored.
+        vm: Option<D::Vm>,
         timeout: Duration,
         /// Phases that passed before (of a launch), so that all stand in one list.
         before: Vec<PhaseTime>,
@@ -114,7 +116,7 @@ pub(crate) enum Request {
 /// The handle to an instance's task. When the last one is dropped the task ends; the VM does not.
 pub struct Machine<D: Driver> {
     name: InstanceName,
-    requests: mpsc::Sender<Request>,
+    requests: mpsc::Sender<Request<D>>,
     snapshot: watch::Receiver<Snapshot>,
     interrupt: Arc<Mutex<CancellationToken>>,
     guest: GuestSlot<D>,
@@ -183,6 +185,25 @@ impl<D: Driver> Machine<D> {
         report: Reporter,
     ) -> Result<()> {
         self.ask(|reply| Request::Start {
+            vm: None,
+            timeout,
+            before,
+            report,
+            reply,
+        })
+        .await
+    }
+
+    /// Takes a VM that was restored for this instance, and waits until cloud-init has ended in it.
+    pub async fn start_with(
+        &self,
+        vm: D::Vm,
+        timeout: Duration,
+        before: Vec<PhaseTime>,
+        report: Reporter,
+    ) -> Result<()> {
+        self.ask(|reply| Request::Start {
+            vm: Some(vm),
             timeout,
             before,
             report,
@@ -227,7 +248,7 @@ impl<D: Driver> Machine<D> {
 
     async fn ask<T>(
         &self,
-        request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request,
+        request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request<D>,
     ) -> Result<T> {
         let gone = || Error::new(Code::Internal, "The instance's task has ended");
         let (reply, answer) = oneshot::channel();

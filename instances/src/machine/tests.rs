@@ -352,3 +352,34 @@ async fn a_guest_reboot_is_followed() {
     // Nothing more is heard.
     bench.until(InstanceState::Unknown).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_restored_vm_is_taken_over_and_only_its_cloud_init_is_waited_for() {
+    let bench = bench();
+    let restored = || {
+        let (events, source) = mpsc::unbounded_channel();
+        let vm = FakeVm {
+            events: source,
+            calls: Arc::clone(&bench.calls),
+        };
+        (vm, events)
+    };
+    let take = async |vm| {
+        let report = Reporter::silent();
+        bench
+            .machine
+            .start_with(vm, BOOT_TIMEOUT, Vec::new(), report)
+            .await
+    };
+    let (vm, events) = restored();
+    events.send(cloud_init(CloudInitStatus::Done, &[])).unwrap();
+    take(vm).await.unwrap();
+    assert_eq!(bench.state(), InstanceState::Running);
+    assert!(bench.machine.snapshot().process.is_some());
+    assert!(bench.calls.lock().unwrap().is_empty());
+    // One that comes when a VM runs already is not kept beside it.
+    let (second, _events) = restored();
+    take(second).await.unwrap();
+    assert_eq!(*bench.calls.lock().unwrap(), ["kill"]);
+    assert_eq!(bench.state(), InstanceState::Running);
+}
