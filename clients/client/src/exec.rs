@@ -7,18 +7,11 @@ use futures_util::{SinkExt, StreamExt};
 use pileus_api::exec::{STDERR, STDOUT};
 use pileus_api::{ExecControl, ExecEvent, ExecRequest, routes};
 use pileus_base::{Code, Error, Result};
-use tokio::net::UnixStream;
-use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{self, Message};
-use tokio_tungstenite::{WebSocketStream, client_async_with_config};
 
 use crate::Client;
-use crate::http::{error_reply, instance_path};
-
-type Socket = WebSocketStream<UnixStream>;
-
-/// Bound on one message from the daemon, which sends pieces of at most 64 KiB or so.
-const MAX_MESSAGE: usize = 4 << 20;
+use crate::http::instance_path;
+use crate::socket::{Refusal, Socket};
 
 /// What a command says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,19 +34,9 @@ impl Client {
     /// Starts a command. Dropping both halves hangs up on it.
     pub async fn exec(&self, name: &str, request: ExecRequest) -> Result<(ExecInput, ExecOutput)> {
         let path = instance_path(routes::INSTANCE_EXEC, name)?;
-        let stream = UnixStream::connect(&self.socket)
-            .await
-            .map_err(|err| self.unreachable(err.kind(), &err.to_string()))?;
-        let mut config = WebSocketConfig::default();
-        config.max_message_size = Some(MAX_MESSAGE);
-        config.max_frame_size = Some(MAX_MESSAGE);
-        let url = format!("ws://pileus{path}");
-        let socket = match client_async_with_config(url, stream, Some(config)).await {
-            Ok((socket, _)) => socket,
-            Err(tungstenite::Error::Http(response)) => {
-                return Err(self.refused(name, &response).await);
-            }
-            Err(err) => return Err(broken(&err)),
+        let socket = match self.web_socket(&path).await? {
+            Ok(socket) => socket,
+            Err(refusal) => return Err(self.refused(name, refusal).await),
         };
         let (sink, stream) = socket.split();
         let mut input = ExecInput(sink);
@@ -62,22 +45,17 @@ impl Client {
     }
 
     /// Why the daemon did not open the WebSocket.
-    async fn refused(
-        &self,
-        name: &str,
-        response: &tungstenite::http::Response<Option<Vec<u8>>>,
-    ) -> Error {
-        let status = response.status().as_u16();
-        if let Some(body) = response.body().as_deref().filter(|body| !body.is_empty()) {
-            return error_reply(status, body);
-        }
-        // The handshake may end before the body came; the instance itself tells the usual reasons.
-        match self.instance(name).await {
-            Err(err) => err,
-            Ok(_) => Error::new(
-                Code::ExecFailed,
-                format!("The daemon refused to run the command (HTTP status {status})"),
-            ),
+    async fn refused(&self, name: &str, refusal: Refusal) -> Error {
+        match refusal {
+            Refusal::Told(err) => err,
+            // The instance itself tells the usual reasons.
+            Refusal::Silent(status) => match self.instance(name).await {
+                Err(err) => err,
+                Ok(_) => Error::new(
+                    Code::ExecFailed,
+                    format!("The daemon refused to run the command (HTTP status {status})"),
+                ),
+            },
         }
     }
 }

@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Bound on calls that the daemon answers at once (long work answers with an operation).
-const ANSWER: Duration = Duration::from_secs(60);
+pub(crate) const ANSWER: Duration = Duration::from_secs(60);
 
 /// A daemon, named by its socket. Making one does no I/O; clones share connections.
 #[derive(Debug, Clone)]

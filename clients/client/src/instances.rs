@@ -4,14 +4,14 @@
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use pileus_api::{
-    DeleteQuery, Event, Instance, LaunchRequest, LogQuery, Operation, StartRequest, StopRequest,
-    routes,
+    DeleteQuery, Event, ForkReply, ForkRequest, Identity, Instance, LaunchRequest, LeaseRequest,
+    LogQuery, Operation, StartRequest, StopRequest, routes,
 };
 use pileus_base::Result;
 use reqwest::Method;
 
 use crate::Client;
-use crate::http::instance_path;
+use crate::http::{ANSWER, instance_path};
 use crate::sse;
 
 impl Client {
@@ -47,6 +47,27 @@ impl Client {
         let path = instance_path(routes::INSTANCE, name)?;
         let request = self.request(Method::DELETE, &path);
         self.answer(request.query(&DeleteQuery { purge })).await
+    }
+
+    /// Renews the lease of a throw-away instance for so many seconds from now; 0 ends it and keeps the
+    /// instance.
+    pub async fn lease(&self, name: &str, seconds: u64) -> Result<()> {
+        let path = instance_path(routes::INSTANCE_LEASE, name)?;
+        let request = self.request(Method::POST, &path).timeout(ANSWER);
+        self.send(request.json(&LeaseRequest { seconds })).await?;
+        Ok(())
+    }
+
+    /// Clones a running instance, its memory included.
+    pub async fn fork(&self, name: &str, request: &ForkRequest) -> Result<ForkReply> {
+        self.post(&instance_path(routes::INSTANCE_FORK, name)?, request)
+            .await
+    }
+
+    /// What makes the instance itself, as its guest tells now.
+    pub async fn identity(&self, name: &str) -> Result<Identity> {
+        self.get(&instance_path(routes::INSTANCE_IDENTITY, name)?)
+            .await
     }
 
     /// Takes an instance out of the trash.

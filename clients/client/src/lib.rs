@@ -5,9 +5,10 @@
 //! http.rs         one request, one typed answer; errors become pileus_base::Error
 //! instances.rs    launch, start, stop, … and lists
 //! images.rs       the store and the catalog
+//! templates.rs    saved machines       settings.rs   the daemon's settings
 //! operations.rs   follow long work to its end, cancel it
 //! sse.rs          server-sent events → typed events
-//! exec.rs         a command in a guest, over a WebSocket
+//! socket.rs       WebSockets: exec.rs  a command in a guest, port.rs  a TCP port in a guest
 //! ```
 //!
 //! Next step on the way of the data: `api/src/routes.rs`, then `daemon/src/http/`.
@@ -18,8 +19,13 @@ mod http;
 mod images;
 mod instances;
 mod operations;
+mod port;
+mod settings;
+mod socket;
 mod sse;
+mod templates;
 
 pub use exec::{ExecInput, ExecOutput, ExecPart};
 pub use http::Client;
 pub use operations::into_result;
+pub use port::{PortInput, PortOutput};
