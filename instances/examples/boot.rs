@@ -7,7 +7,9 @@ use std::process::Command;
 use std::time::Instant;
 
 use pileus_base::Size;
-use pileus_instances::qemu::{Accelerator, Boot, Disk, MachineSpec, Paths, Qemu, Vm, VmEvent};
+use pileus_instances::qemu::{
+    Accelerator, Boot, Disk, MachineSpec, Memory, Nic, Paths, Qemu, Vm, VmEvent,
+};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 #[tokio::main]
@@ -51,7 +53,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         },
         seed: seed.exists().then_some(seed),
         boot,
-        nic: None,
+        nic: Nic::None,
+        ram: Memory::Private,
+        incoming: false,
+        ends_with_daemon: false,
         paths: Paths::of(&folder.join("run"), &folder),
     };
     let started = Instant::now();

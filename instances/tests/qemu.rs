@@ -12,8 +12,8 @@ use std::time::Duration;
 use machine::{BANNER, Machine, event, start, status_field};
 use pileus_base::Code;
 use pileus_instances::qemu::{
-    AcceleratorChoice, Boot, Confinement, Exit, Port, PowerState, Qemu, Vm, VmEvent, host, log,
-    process,
+    AcceleratorChoice, Boot, Confinement, Exit, Nic, Port, PowerState, Qemu, Vm, VmEvent, host,
+    log, process,
 };
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -351,7 +351,7 @@ async fn a_nic_is_there_or_plugged_later() {
         return;
     };
     let mut machine = Machine::new(&qemu);
-    machine.spec.nic = Some("52:54:00:00:00:01".parse().unwrap());
+    machine.spec.nic = Nic::Tap("52:54:00:00:00:01".parse().unwrap());
     let err = Vm::start(&qemu, &machine.spec, None, None)
         .await
         .unwrap_err();

@@ -7,7 +7,8 @@ use pileus_base::{Code, Size};
 use pileus_instances::guest::agent::AgentLink;
 use pileus_instances::guest::wire::CloudInitState;
 use pileus_instances::qemu::{
-    Accelerator, Boot, Disk, MachineSpec, Paths, Port, PowerState, Qemu, Vm, VmEvent, process,
+    Accelerator, Boot, Disk, MachineSpec, Memory, Nic, Paths, Port, PowerState, Qemu, Vm, VmEvent,
+    process,
 };
 
 struct Fake {
@@ -40,7 +41,10 @@ impl Fake {
             disk,
             seed: None,
             boot: Boot::Firmware,
-            nic: None,
+            nic: Nic::None,
+            ram: Memory::Private,
+            incoming: false,
+            ends_with_daemon: false,
             paths: Paths::of(&folder.path().join("run"), &own),
         };
         Self { folder, qemu, spec }

@@ -224,3 +224,134 @@ impl Command for BlockdevDel {
     const NAME: &'static str = "blockdev-del";
     type Reply = IgnoredAny;
 }
+
+/// Grows (or shrinks) a node; the guest is told if it is a disk's top.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockResize {
+    pub node_name: String,
+    /// In bytes.
+    pub size: u64,
+}
+
+impl Command for BlockResize {
+    const NAME: &'static str = "block_resize";
+    type Reply = IgnoredAny;
+}
+
+/// Puts the node `overlay`, which has no backing node, above `node`; what used `node` uses it.
+#[derive(Debug, Clone, Serialize)]
+pub struct BlockdevSnapshot {
+    pub node: String,
+    pub overlay: String,
+}
+
+impl Command for BlockdevSnapshot {
+    const NAME: &'static str = "blockdev-snapshot";
+    type Reply = IgnoredAny;
+}
+
+/// All named nodes, in QEMU's own words.
+#[derive(Debug, Clone, Serialize)]
+pub struct QueryNamedBlockNodes {
+    /// Leaves out what is known from the backing node's own entry.
+    pub flat: bool,
+}
+
+impl Command for QueryNamedBlockNodes {
+    const NAME: &'static str = "query-named-block-nodes";
+    type Reply = Vec<Value>;
+}
+
+/// The id that changes whenever the machine's place in time moves.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryVmGenerationId {}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct VmGenerationId {
+    pub guid: String,
+}
+
+impl Command for QueryVmGenerationId {
+    const NAME: &'static str = "query-vm-generation-id";
+    type Reply = VmGenerationId;
+}
+
+/// Switches capabilities of saving and restoring; those not named stay as they are.
+#[derive(Debug, Clone, Serialize)]
+pub struct MigrateSetCapabilities {
+    pub capabilities: Vec<MigrationCapability>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct MigrationCapability {
+    pub capability: &'static str,
+    pub state: bool,
+}
+
+impl Command for MigrateSetCapabilities {
+    const NAME: &'static str = "migrate-set-capabilities";
+    type Reply = IgnoredAny;
+}
+
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrateSetParameters {
+    /// Bytes a second.
+    pub max_bandwidth: u64,
+}
+
+impl Command for MigrateSetParameters {
+    const NAME: &'static str = "migrate-set-parameters";
+    type Reply = IgnoredAny;
+}
+
+/// Begins to write the machine's state to `uri`; how it goes is told by [`QueryMigrate`].
+#[derive(Debug, Clone, Serialize)]
+pub struct Migrate {
+    pub uri: String,
+}
+
+impl Command for Migrate {
+    const NAME: &'static str = "migrate";
+    type Reply = IgnoredAny;
+}
+
+/// Begins to read a state from `uri`; for a QEMU that was started with `-incoming defer`.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrateIncoming {
+    pub uri: String,
+    /// From QEMU 9.1 on; an older one always ends if the state can't be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exit_on_error: Option<bool>,
+}
+
+impl Command for MigrateIncoming {
+    const NAME: &'static str = "migrate-incoming";
+    type Reply = IgnoredAny;
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct MigrateCancel {}
+
+impl Command for MigrateCancel {
+    const NAME: &'static str = "migrate_cancel";
+    type Reply = IgnoredAny;
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryMigrate {}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct Migration {
+    /// Such as `setup`, `active`, `completed`, `failed`, `cancelled`; empty before the first one.
+    pub status: String,
+    pub error_desc: Option<String>,
+}
+
+impl Command for QueryMigrate {
+    const NAME: &'static str = "query-migrate";
+    type Reply = Migration;
+}

@@ -3,14 +3,22 @@
 //!
 //! Every device has a fixed address, so that a guest (and a saved state) finds the same machine at
 //! each start. No path of ours occurs in the arguments: disks and logs are `/dev/fdset/K`, sockets
-//! and taps are `fd=N`, kernel and initrd are `/proc/self/fd/N`.
+//! and taps are `fd=N`; kernel, initrd and a file of memory are `/proc/self/fd/N`.
+//!
+//! A change that the guest can see (a device, an address, an order) makes saved machines useless:
+//! then raise [`LAYOUT`].
 
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use pileus_base::Result;
 
-use super::spec::{AGENT_PORT, Accelerator, Boot, MachineSpec, Port, SSH_PORTS, ssh_port};
+use super::spec::{
+    AGENT_PORT, Accelerator, Boot, MachineSpec, Memory, Nic, Port, SSH_PORTS, ssh_port,
+};
+
+/// Version of the machine that the guest sees. A state saved with another one is never restored.
+pub const LAYOUT: u32 = 1;
 
 /// Something that QEMU inherits as a descriptor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +31,13 @@ pub enum What {
     Listen(PathBuf),
     /// The tap of the first NIC.
     Tap,
+    /// A tap that leads nowhere.
+    LooseTap,
+    /// The file of the guest's memory; a link is refused.
+    Memory {
+        path: PathBuf,
+        write: bool,
+    },
 }
 
 /// The arguments of QEMU, without the program. `hand` is asked, in order, for each descriptor's
@@ -38,7 +53,8 @@ pub fn arguments(
         hand,
     };
     line.basics(spec);
-    line.processors_and_memory(spec);
+    line.memory(spec)?;
+    line.processors(spec);
     line.control(spec)?;
     line.root_ports();
     line.disks(spec)?;
@@ -46,6 +62,7 @@ pub fn arguments(
     line.small_devices();
     line.nic(spec)?;
     line.boot(&spec.boot)?;
+    line.incoming(spec);
     Ok(line.args)
 }
 
@@ -99,15 +116,38 @@ impl Builder<'_> {
         self.option("-action", "reboot=reset,shutdown=poweroff,panic=shutdown");
     }
 
-    fn processors_and_memory(&mut self, spec: &MachineSpec) {
-        // Plain anonymous memory: a private mapping of a memfd would take each touched page twice.
-        self.option(
-            "-object",
-            format!(
-                "memory-backend-ram,id=ram,size={},share=off",
-                spec.memory.round_up(2 << 20).bytes()
-            ),
-        );
+    fn memory(&mut self, spec: &MachineSpec) -> Result<()> {
+        let size = spec.ram_bytes();
+        let backend = match &spec.ram {
+            // Plain anonymous memory: a private mapping of a memfd would take each touched page
+            // twice.
+            Memory::Private => format!("memory-backend-ram,id=ram,size={size},share=off"),
+            Memory::Shared(path) => {
+                let path = self.memory_file(path, true)?;
+                format!("memory-backend-file,id=ram,size={size},mem-path={path},share=on")
+            }
+            // rom=off: only the file is read-only, not the guest's memory.
+            Memory::CopyOnWrite(path) => {
+                let path = self.memory_file(path, false)?;
+                format!(
+                    "memory-backend-file,id=ram,size={size},mem-path={path},share=off,\
+                     readonly=on,rom=off"
+                )
+            }
+        };
+        self.option("-object", backend);
+        Ok(())
+    }
+
+    /// A path for what QEMU opens by `open(2)` alone, which knows no descriptor sets. The file's
+    /// owner is asked again then, so QEMU's user must own it at that moment (`loan.rs`).
+    fn memory_file(&mut self, path: &Path, write: bool) -> Result<String> {
+        let path = path.to_owned();
+        let fd = (self.hand)(What::Memory { path, write })?;
+        Ok(format!("/proc/self/fd/{fd}"))
+    }
+
+    fn processors(&mut self, spec: &MachineSpec) {
         self.option(
             "-machine",
             format!(
@@ -169,6 +209,10 @@ impl Builder<'_> {
                 continue;
             }
             let file = self.file(What::ReadWrite(layer.clone()))?;
+            // A snapshot makes this node read-only, and then QEMU looks for such a descriptor.
+            let read = (self.hand)(What::Read(layer.clone()))?;
+            let set = self.sets;
+            self.option("-add-fd", format!("fd={read},set={set}"));
             self.option(
                 "-blockdev",
                 format!("driver=file,node-name=disk-file,filename={file},discard=unmap"),
@@ -262,8 +306,12 @@ impl Builder<'_> {
     }
 
     fn nic(&mut self, spec: &MachineSpec) -> Result<()> {
-        let Some(mac) = spec.nic else { return Ok(()) };
-        let fd = (self.hand)(What::Tap)?;
+        let (mac, tap) = match spec.nic {
+            Nic::None => return Ok(()),
+            Nic::Tap(mac) => (mac, What::Tap),
+            Nic::Disconnected(mac) => (mac, What::LooseTap),
+        };
+        let fd = (self.hand)(tap)?;
         self.option("-netdev", format!("tap,id=nic0,fd={fd},vhost=off"));
         // No boot ROM: nobody boots from the network, and the firmware is faster without.
         self.option(
@@ -274,6 +322,14 @@ impl Builder<'_> {
             ),
         );
         Ok(())
+    }
+
+    /// Deferred, so that the capabilities can be set before; and not run when it is loaded.
+    fn incoming(&mut self, spec: &MachineSpec) {
+        if spec.incoming {
+            self.option("-incoming", "defer");
+            self.flag("-S");
+        }
     }
 
     fn boot(&mut self, boot: &Boot) -> Result<()> {
@@ -322,7 +378,10 @@ mod tests {
                 initrd: Some("/images/x/initrd.img".into()),
                 cmdline: "root=LABEL=cloudimg-rootfs ro console=ttyS0".into(),
             },
-            nic: Some("52:54:00:00:00:01".parse().unwrap()),
+            nic: Nic::Tap("52:54:00:00:00:01".parse().unwrap()),
+            ram: Memory::Private,
+            incoming: false,
+            ends_with_daemon: false,
             paths: Paths::of(Path::new("/run/p/i/6f9b0a0e"), Path::new("/i")),
         }
     }
@@ -365,7 +424,7 @@ mod tests {
             accelerator: Accelerator::Kvm,
             seed: None,
             boot: Boot::Firmware,
-            nic: None,
+            nic: Nic::None,
             disk: Disk {
                 base: "/images/x/disk.raw".into(),
                 layers: vec!["/i/0.qcow2".into(), "/i/1.qcow2".into()],
@@ -376,9 +435,68 @@ mod tests {
     }
 
     #[test]
+    fn a_template_being_made() {
+        let spec = MachineSpec {
+            nic: Nic::None,
+            ram: Memory::Shared("/t/ram".into()),
+            ends_with_daemon: true,
+            ..spec()
+        };
+        insta::assert_snapshot!(differences(&spec));
+    }
+
+    #[test]
+    fn a_clone_of_a_template() {
+        let spec = MachineSpec {
+            nic: Nic::None,
+            ram: Memory::CopyOnWrite("/t/ram".into()),
+            incoming: true,
+            ..spec()
+        };
+        insta::assert_snapshot!(differences(&spec));
+    }
+
+    #[test]
+    fn a_fork() {
+        let mac = "52:54:00:00:00:01".parse().unwrap();
+        let spec = MachineSpec {
+            nic: Nic::Disconnected(mac),
+            incoming: true,
+            ..spec()
+        };
+        insta::assert_snapshot!(differences(&spec));
+    }
+
+    /// What is more (`+`) and less (`-`) than in the usual command line, without the numbers of
+    /// descriptors: nothing else may differ, or the guest would see another machine.
+    fn differences(other: &MachineSpec) -> String {
+        let plain = |spec| {
+            let shown = shown(spec);
+            let lines = shown.lines().map(|line| {
+                let words = line.split(',').filter(|word| !word.contains("fd="));
+                words.collect::<Vec<_>>().join(",")
+            });
+            let keep = |line: &String| line.starts_with('-') && !line.contains("/proc/self/fd/1");
+            lines.filter(keep).collect::<Vec<_>>()
+        };
+        let (usual, other) = (plain(&spec()), plain(other));
+        let only = |these: &[String], those: &[String], sign: &str| {
+            let only = these.iter().filter(|line| !those.contains(line));
+            only.map(|line| format!("{sign} {line}\n"))
+                .collect::<String>()
+        };
+        only(&usual, &other, "-") + &only(&other, &usual, "+")
+    }
+
+    #[test]
     fn no_private_path_is_in_the_arguments() {
-        for arg in line(&spec()).unwrap().0 {
-            for private in ["/images", "/i/", "/run/p"] {
+        let clone = MachineSpec {
+            ram: Memory::CopyOnWrite("/t/ram".into()),
+            ..spec()
+        };
+        let clone = line(&clone).unwrap().0;
+        for arg in line(&spec()).unwrap().0.into_iter().chain(clone) {
+            for private in ["/images", "/i/", "/run/p", "/t/"] {
                 assert!(!arg.contains(private), "{arg}");
             }
         }

@@ -5,7 +5,9 @@
 //! * [`spec`]: what a machine is, in our words;
 //! * [`argv`]: the same in QEMU's words (pure, snapshot-tested);
 //! * [`process`]: from words to a process that outlives us, and how it is found, watched, killed;
+//! * [`loan`]: lets QEMU's user open a file of memory for a moment;
 //! * [`vm`]: the running machine: start, adopt, power, hot-plug, events;
+//! * [`saved`]: saves a machine to a file and restores it; [`disk`]: grows and snapshots its disk;
 //! * [`log`]: keeps the console's and QEMU's own log bounded.
 //!
 //! **QEMU opens nothing private by name.** The daemon opens disks, seed, logs and taps, binds the
@@ -13,14 +15,19 @@
 //! none of our folders. Next step up: `instances/src/machine/` (who decides); down: `instances/qmp/`.
 
 pub mod argv;
+pub mod disk;
 pub mod host;
+pub mod loan;
 pub mod log;
+mod loose_tap;
 pub mod process;
+pub mod saved;
 pub mod spec;
 pub mod vm;
 
 pub use host::Qemu;
 pub use pileus_base::Mac;
 pub use process::{Confinement, Exit};
-pub use spec::{Accelerator, AcceleratorChoice, Boot, Disk, MachineSpec, Paths, Port};
+pub use saved::Stream;
+pub use spec::{Accelerator, AcceleratorChoice, Boot, Disk, MachineSpec, Memory, Nic, Paths, Port};
 pub use vm::{PowerState, Vm, VmEvent};

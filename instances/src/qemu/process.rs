@@ -3,6 +3,7 @@
 //! QEMU gets a session of its own (no signal of our terminal reaches it), no standard input, a log
 //! as output, exactly the descriptors of its command line, no way to gain privileges, and in root
 //! mode a user id that owns nothing. It is never waited for by pid alone: a pidfd names it.
+//! It outlives us unless its spec says otherwise ([`MachineSpec::ends_with_daemon`]).
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -12,6 +13,7 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{OnceLock, mpsc};
 
 use pileus_base::process::ProcessId;
 use pileus_base::{Code, Error, Result, ResultExt, files};
@@ -80,8 +82,15 @@ pub fn spawn(
         .stdin(Stdio::null())
         .stdout(log)
         .stderr(errors);
-    prepare_child(&mut command, confinement.cloned(), pid_file, fds);
-    let child = command.spawn().map_err(|err| {
+    let ends_with = spec
+        .ends_with_daemon
+        .then(|| std::process::id().cast_signed());
+    prepare_child(&mut command, confinement.cloned(), pid_file, fds, ends_with);
+    let spawned = match spec.ends_with_daemon {
+        true => on_lasting_thread(move || command.spawn())?,
+        false => command.spawn(),
+    };
+    let child = spawned.map_err(|err| {
         let what = format!("{} could not be started: {err}", program.display());
         let code = match err.kind() {
             io::ErrorKind::NotFound => Code::QemuMissing,
@@ -100,6 +109,26 @@ pub fn spawn(
     })
 }
 
+/// Runs work on a thread that lives as long as this process does. A child's parent-death signal
+/// comes when the *thread* ends that started it, and those of tokio's pool end when idle.
+fn on_lasting_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    type Job = Box<dyn FnOnce() + Send>;
+    static THREAD: OnceLock<Option<mpsc::Sender<Job>>> = OnceLock::new();
+    let thread = THREAD.get_or_init(|| {
+        let (jobs, queue) = mpsc::channel::<Job>();
+        let work = move || queue.iter().for_each(|job| job());
+        let thread = std::thread::Builder::new().name("qemu-parent".into());
+        thread.spawn(work).is_ok().then_some(jobs)
+    });
+    let (done, outcome) = mpsc::channel();
+    let job: Job = Box::new(move || drop(done.send(work())));
+    thread
+        .as_ref()
+        .and_then(|jobs| jobs.send(job).ok())
+        .and_then(|()| outcome.recv().ok())
+        .ok_or_else(|| Error::internal("The thread that starts QEMU is gone"))
+}
+
 const CLOEXEC: libc::c_int = libc::CLOSE_RANGE_CLOEXEC.cast_signed();
 
 /// Registers what the child does between fork and exec.
@@ -108,6 +137,7 @@ fn prepare_child(
     confinement: Option<Confinement>,
     pid_file: File,
     fds: Vec<OwnedFd>,
+    ends_with: Option<i32>,
 ) {
     let become_child = move || -> io::Result<()> {
         // SAFETY: plain system calls without pointers.
@@ -139,6 +169,15 @@ fn prepare_child(
         }
         // SAFETY: no pointers; also keeps set-uid programs without effect.
         check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+        // After the change of the user, which clears it.
+        if let Some(parent) = ends_with {
+            // SAFETY: no pointers.
+            check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) })?;
+            // SAFETY: as above. The parent may have ended before the line above.
+            if unsafe { libc::getppid() } != parent {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+        }
         Ok(())
     };
     // SAFETY: the closure runs after fork in a process with one thread; it makes system calls only,
@@ -184,6 +223,12 @@ fn open(what: What, tap: &mut Option<OwnedFd>) -> Result<OwnedFd> {
         What::Tap => tap
             .take()
             .ok_or_else(|| Error::internal("The machine has a NIC but was given no tap"))?,
+        What::LooseTap => super::loose_tap::make()?,
+        What::Memory { path, write } => {
+            let mut options = OpenOptions::new();
+            options.read(true).write(write);
+            file(&path, options.custom_flags(libc::O_NOFOLLOW))?.into()
+        }
     })
 }
 

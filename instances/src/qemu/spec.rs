@@ -60,6 +60,8 @@ pub struct MachineSpec {
     pub uuid: Uuid,
     pub cpus: u32,
     pub memory: Size,
+    /// What the guest's memory is made of; the guest can't tell.
+    pub ram: Memory,
     /// The versioned type (`pc-q35-10.0`), kept with the instance so that the guest sees the same
     /// machine under a later QEMU.
     pub machine_type: String,
@@ -68,9 +70,48 @@ pub struct MachineSpec {
     /// A NoCloud seed, shown to the guest as a read-only disk.
     pub seed: Option<PathBuf>,
     pub boot: Boot,
-    /// The MAC of the NIC that is there from the start; its tap is given to `Vm::start`.
-    pub nic: Option<Mac>,
+    pub nic: Nic,
+    /// The machine waits for a saved state (`Vm::restore`), and then to be resumed.
+    pub incoming: bool,
+    /// QEMU is killed when this process ends, however it ends: the machine belongs to no instance.
+    pub ends_with_daemon: bool,
     pub paths: Paths,
+}
+
+/// What a guest's memory is made of. The files are sparse, 0600, ours, and as long as
+/// [`MachineSpec::ram_bytes`]; they may lie anywhere, but may not be links.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Memory {
+    /// Anonymous memory.
+    #[default]
+    Private,
+    /// The file itself: what the guest writes is in it. For a template while it is made.
+    Shared(PathBuf),
+    /// The file as it is; what the guest writes is its own. The file must never change again.
+    CopyOnWrite(PathBuf),
+}
+
+impl Memory {
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            Self::Private => None,
+            Self::Shared(file) | Self::CopyOnWrite(file) => Some(file),
+        }
+    }
+}
+
+/// The NIC on [`Port::Nic`], with the id `nic0`, that is there from the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Nic {
+    None,
+    /// Its tap is given to `Vm::start`.
+    Tap(Mac),
+    /// The same for the guest and for a saved state, on a tap that nobody else sees. QEMU has
+    /// network back ends that lead nowhere, but none that a state saved with a tap can be
+    /// restored on ("saved image requires vnet_hdr=on").
+    Disconnected(Mac),
 }
 
 /// A raw base that nobody writes, and qcow2 layers above it; the last one is written.
@@ -172,6 +213,11 @@ impl fmt::Display for Port {
 }
 
 impl MachineSpec {
+    /// Length of the guest's memory, and of the file that it is made of.
+    pub fn ram_bytes(&self) -> u64 {
+        self.memory.round_up(2 << 20).bytes()
+    }
+
     /// Refuses what QEMU would refuse in words of its own, or take for something else.
     pub fn check(&self) -> Result<()> {
         let bad = |what: String| Err(Error::new(Code::InvalidArgument, what));

@@ -5,7 +5,7 @@
 //! adopted again.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pileus_base::process::ProcessId;
@@ -20,6 +20,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::AbortHandle;
 
 use super::host::Qemu;
+use super::loan::Loan;
 use super::process::{self, Confinement, Exit};
 use super::spec::{MachineSpec, Paths, Port};
 
@@ -84,6 +85,7 @@ pub enum PowerState {
 #[derive(Debug)]
 pub struct Vm {
     process: ProcessId,
+    log: PathBuf,
     client: Client,
     events: broadcast::Sender<VmEvent>,
     exit: watch::Receiver<Option<Exit>>,
@@ -130,6 +132,11 @@ impl Vm {
         let paths = spec.paths.clone();
         let program = qemu.program.clone();
         let log_before = std::fs::metadata(&paths.qemu_log).map_or(0, |m| m.len());
+        // Until QEMU answers: it has opened its memory by then.
+        let _loan = match (&confinement, spec.ram.file()) {
+            (Some(who), Some(file)) => Some(Loan::take(file, who.uid).await?),
+            _ => None,
+        };
         let spawned = {
             let spec = spec.clone();
             tokio::task::spawn_blocking(move || {
@@ -176,7 +183,7 @@ impl Vm {
             }
         };
         starting.kept = true;
-        Ok(Self::watched(process, client, events))
+        Ok(Self::watched(process, &paths, client, events))
     }
 
     /// Takes over a machine that was started before, by us or by a daemon that is gone.
@@ -189,11 +196,12 @@ impl Vm {
             return Err(Error::new(Code::GuestStopped, what));
         }
         let (client, events) = connect(&paths.qmp(), START_BOUND).await?;
-        Ok(Self::watched(process, client, events))
+        Ok(Self::watched(process, paths, client, events))
     }
 
     fn watched(
         process: ProcessId,
+        paths: &Paths,
         client: Client,
         events: Events,
     ) -> (Self, broadcast::Receiver<VmEvent>) {
@@ -203,6 +211,7 @@ impl Vm {
         let watcher = tokio::spawn(watching).abort_handle();
         let vm = Self {
             process,
+            log: paths.qemu_log.clone(),
             client,
             events: sender,
             exit,
@@ -218,6 +227,11 @@ impl Vm {
     /// The wire, for what has no method here.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// What QEMU itself writes to.
+    pub(super) fn log(&self) -> &Path {
+        &self.log
     }
 
     /// Events from now on.
@@ -428,7 +442,7 @@ fn translate(event: &Event) -> Option<VmEvent> {
 }
 
 /// What QEMU wrote since its log had `before` bytes, at most the last 20 lines.
-fn said_since(log: &Path, before: u64) -> Vec<String> {
+pub(super) fn said_since(log: &Path, before: u64) -> Vec<String> {
     let now = std::fs::metadata(log).map_or(0, |m| m.len());
     // One byte more: `tail` begins after the first end of a line that it sees.
     let new = match now.checked_sub(before) {
@@ -440,7 +454,7 @@ fn said_since(log: &Path, before: u64) -> Vec<String> {
     lines[lines.len().saturating_sub(20)..].to_vec()
 }
 
-fn object(value: Value) -> serde_json::Map<String, Value> {
+pub(super) fn object(value: Value) -> serde_json::Map<String, Value> {
     match value {
         Value::Object(map) => map,
         _ => serde_json::Map::new(),

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use pileus_base::Size;
 use pileus_instances::qemu::{
-    Accelerator, Boot, Disk, MachineSpec, Paths, Qemu, Vm, VmEvent, process,
+    Accelerator, Boot, Disk, MachineSpec, Memory, Nic, Paths, Qemu, Vm, VmEvent, process,
 };
 use tokio::sync::broadcast::Receiver;
 
@@ -101,7 +101,10 @@ pub fn make(folder: &Path, qemu: &Qemu) -> MachineSpec {
         },
         seed: None,
         boot: Boot::Firmware,
-        nic: None,
+        nic: Nic::None,
+        ram: Memory::Private,
+        incoming: false,
+        ends_with_daemon: false,
         paths: Paths::of(&folder.join("run"), folder),
     }
 }

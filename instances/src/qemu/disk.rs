@@ -1,0 +1,201 @@
+//! A running machine's disk: how large it is, how it grows, and how a new layer is put on top of it.
+//!
+//! The top node is called `disk` at the start, and `disk1`, `disk2`, … after each snapshot. Which one
+//! it is now is asked of QEMU, so it is the same for a daemon that adopted the machine.
+
+use std::fs::{File, OpenOptions};
+use std::path::Path;
+
+use pileus_base::{Code, Error, Result, ResultExt, Size};
+use pileus_qmp::commands::{
+    AddFd, BlockResize, BlockdevAdd, BlockdevDel, BlockdevSnapshot, QueryBlock,
+    QueryNamedBlockNodes, RemoveFd,
+};
+use serde_json::{Value, json};
+
+use super::vm::{Vm, object};
+
+/// The device whose disk is meant, as `argv.rs` names it.
+const DEVICE: &str = "/machine/peripheral/vda/";
+const FIRST: &str = "disk";
+
+/// The node that the guest reads and writes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Top {
+    node: String,
+    size: u64,
+}
+
+impl Vm {
+    /// The disk's size as the guest sees it.
+    pub async fn disk_size(&self) -> Result<Size> {
+        Ok(Size(self.top().await?.size))
+    }
+
+    /// Grows the disk; the guest is told. It never shrinks.
+    pub async fn resize_disk(&self, bytes: u64) -> Result<()> {
+        let top = self.top().await?;
+        if bytes < top.size {
+            let (now, wanted) = (Size(top.size), Size(bytes));
+            let what = format!("The disk has {now} and can't shrink to {wanted}");
+            return Err(Error::new(Code::DiskTooSmall, what));
+        }
+        let resize = BlockResize {
+            node_name: top.node,
+            size: bytes,
+        };
+        self.client().run(&resize).await?;
+        Ok(())
+    }
+
+    /// Puts a new layer on top: an empty qcow2 file of the disk's size, which takes all writes from
+    /// now on. The former top is not written again and can be the base of others. The machine may
+    /// run; for a state that can be restored on it, halt it first.
+    pub async fn snapshot_disk(&self, layer: &Path) -> Result<()> {
+        let top = self.top().await?;
+        let name = name_after(&top.node)?;
+        let set = self.lend_layer(layer).await?;
+        let snapshot = async {
+            self.add_layer(&name, set).await?;
+            let done = self.put_on_top(&top, &name).await;
+            if done.is_err() {
+                let node_name = name.clone();
+                let _ = self.client().run(&BlockdevDel { node_name }).await;
+            }
+            done
+        };
+        let snapshot = snapshot.await;
+        if snapshot.is_err() {
+            let _ = self.client().run(&RemoveFd { fdset_id: set }).await;
+        }
+        snapshot
+    }
+
+    async fn top(&self) -> Result<Top> {
+        let blocks = self.client().run(&QueryBlock {}).await?;
+        parse_top(&blocks).ok_or_else(|| {
+            Error::new(
+                Code::QemuFailed,
+                "QEMU does not say what the machine's disk is",
+            )
+        })
+    }
+
+    /// Both ways, because the next snapshot makes QEMU open it again, for reading only.
+    async fn lend_layer(&self, layer: &Path) -> Result<u32> {
+        let open = |options: &OpenOptions| {
+            let file = options.open(layer);
+            file.io(format_args!("Opening {}", layer.display()))
+        };
+        let write: File = open(OpenOptions::new().read(true).write(true))?;
+        let read: File = open(OpenOptions::new().read(true))?;
+        let mut add = AddFd {
+            fdset_id: None,
+            opaque: None,
+        };
+        let set = self.client().run_with_fd(&add, write.into()).await?;
+        add.fdset_id = Some(set.fdset_id);
+        self.client().run_with_fd(&add, read.into()).await?;
+        Ok(set.fdset_id)
+    }
+
+    async fn add_layer(&self, name: &str, set: u32) -> Result<()> {
+        let properties = json!({
+            "file": {
+                "driver": "file",
+                "node-name": format!("{name}-file"),
+                "filename": format!("/dev/fdset/{set}"),
+                "discard": "unmap",
+            },
+            // What the file says about itself is not followed.
+            "backing": null,
+            "discard": "unmap",
+            "detect-zeroes": "unmap",
+        });
+        let add = BlockdevAdd {
+            driver: "qcow2".into(),
+            node_name: name.to_owned(),
+            properties: object(properties),
+        };
+        self.client().run(&add).await?;
+        Ok(())
+    }
+
+    async fn put_on_top(&self, top: &Top, name: &str) -> Result<()> {
+        let nodes = self.client().run(&QueryNamedBlockNodes { flat: true });
+        let size = size_of(&nodes.await?, name);
+        // QEMU would let the guest see a disk of another size.
+        if size != Some(top.size) {
+            let size = size.map_or("an unknown size".into(), |size| format!("{size} bytes"));
+            return Err(Error::internal(format!(
+                "The new layer has {size} where the disk has {} bytes",
+                top.size
+            )));
+        }
+        let snapshot = BlockdevSnapshot {
+            node: top.node.clone(),
+            overlay: name.to_owned(),
+        };
+        self.client().run(&snapshot).await?;
+        Ok(())
+    }
+}
+
+fn parse_top(blocks: &[Value]) -> Option<Top> {
+    let ours = |block: &&Value| {
+        let device = block.get("qdev").and_then(Value::as_str);
+        device.is_some_and(|device| format!("{device}/").starts_with(DEVICE))
+    };
+    let inserted = blocks.iter().find(ours)?.get("inserted")?;
+    Some(Top {
+        node: inserted.get("node-name")?.as_str()?.to_owned(),
+        size: inserted.pointer("/image/virtual-size")?.as_u64()?,
+    })
+}
+
+fn size_of(nodes: &[Value], name: &str) -> Option<u64> {
+    let node = nodes
+        .iter()
+        .find(|node| node.get("node-name").and_then(Value::as_str) == Some(name))?;
+    node.pointer("/image/virtual-size")?.as_u64()
+}
+
+fn name_after(top: &str) -> Result<String> {
+    let number = match top.strip_prefix(FIRST) {
+        Some("") => Some(0),
+        Some(number) => number.parse::<u32>().ok(),
+        None => None,
+    };
+    let next = number.and_then(|number| number.checked_add(1));
+    let next = next.ok_or_else(|| Error::internal(format!("The disk's top is called {top:?}")))?;
+    Ok(format!("{FIRST}{next}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_are_counted() {
+        for (top, next) in [("disk", "disk1"), ("disk1", "disk2"), ("disk9", "disk10")] {
+            assert_eq!(name_after(top).unwrap(), next);
+        }
+        for odd in ["", "disks", "layer0", "disk-1", "disk4294967295"] {
+            assert!(name_after(odd).is_err(), "{odd}");
+        }
+    }
+
+    #[test]
+    fn the_top_is_that_of_the_disk_and_not_of_the_seed() {
+        let block = |device: &str, node: &str| {
+            json!({
+                "qdev": format!("/machine/peripheral/{device}/virtio-backend"),
+                "inserted": {"node-name": node, "image": {"virtual-size": 1024}},
+            })
+        };
+        let blocks = [json!({}), block("vdb", "seed"), block("vda", "disk2")];
+        let top = parse_top(&blocks).unwrap();
+        assert_eq!((top.node.as_str(), top.size), ("disk2", 1024));
+        assert_eq!(parse_top(&blocks[..2]), None);
+    }
+}
