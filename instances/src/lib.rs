@@ -8,3 +8,4 @@ pub mod driver;
 pub mod guest;
 pub mod machine;
 pub mod qemu;
+pub mod template;

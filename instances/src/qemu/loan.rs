@@ -7,11 +7,11 @@
 //!
 //! A daemon that is killed in between leaves the file lent; [`take_back`] mends that.
 
-use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, Metadata, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
 use pileus_base::{Code, Error, Result, ResultExt};
 use tokio::sync::OwnedMutexGuard;
@@ -21,32 +21,41 @@ type Turn = tokio::sync::Mutex<()>;
 /// The files in use, by device and inode.
 static TURNS: LazyLock<Mutex<HashMap<(u64, u64), Weak<Turn>>>> = LazyLock::new(Mutex::default);
 
+/// The files on loan now.
+static LENT: LazyLock<Mutex<HashSet<(u64, u64)>>> = LazyLock::new(Mutex::default);
+
 /// While this lives, `user` owns the file.
 #[derive(Debug)]
-pub(super) struct Loan {
+pub(crate) struct Loan {
     file: File,
+    key: (u64, u64),
     owner: u32,
     _turn: OwnedMutexGuard<()>,
 }
 
 impl Loan {
     /// Waits for its turn, then gives the file to `user`.
-    pub(super) async fn take(path: &Path, user: u32) -> Result<Self> {
+    pub(crate) async fn take(path: &Path, user: u32) -> Result<Self> {
         let file = open(path)?;
-        let turn = wait_for_turn(&file, path).await?;
-        let owner = rustix::process::geteuid().as_raw();
-        set_owner(&file, user).map_err(|err| {
+        let key = key(&file
+            .metadata()
+            .io(format_args!("Looking at {}", path.display()))?);
+        let loan = Self {
+            _turn: wait_for_turn(key).await,
+            file,
+            key,
+            owner: rustix::process::geteuid().as_raw(),
+        };
+        // Before the owner changes, so that nobody sees a stranger's file that is not lent.
+        lent().insert(key);
+        set_owner(&loan.file, user).map_err(|err| {
             let what = format!(
                 "QEMU's user {user} can't be given {}: {err}",
                 path.display()
             );
             Error::new(Code::Io, what).with_source(err)
         })?;
-        Ok(Self {
-            file,
-            owner,
-            _turn: turn,
-        })
+        Ok(loan)
     }
 }
 
@@ -55,16 +64,25 @@ impl Drop for Loan {
         if let Err(err) = set_owner(&self.file, self.owner) {
             tracing::error!(%err, "a file of memory can't be taken back from QEMU's user");
         }
+        lent().remove(&self.key);
     }
 }
 
-/// Waits until nobody has the file on loan, and keeps it so while the guard lives: who looks at the
-/// file's owner sees the true one.
-pub async fn wait_for_turn(file: &File, path: &Path) -> Result<OwnedMutexGuard<()>> {
-    let meta = file
-        .metadata()
-        .io(format_args!("Looking at {}", path.display()))?;
-    let key = (meta.dev(), meta.ino());
+fn lent() -> MutexGuard<'static, HashSet<(u64, u64)>> {
+    LENT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn key(meta: &Metadata) -> (u64, u64) {
+    (meta.dev(), meta.ino())
+}
+
+/// Whether a file belongs to another user because we lent it.
+pub(crate) fn is_lent(meta: &Metadata) -> bool {
+    lent().contains(&key(meta))
+}
+
+/// Waits until nobody has the file on loan, and keeps it so while the guard lives.
+async fn wait_for_turn(key: (u64, u64)) -> OwnedMutexGuard<()> {
     let turn = {
         let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
         turns.retain(|_, turn| turn.strong_count() > 0);
@@ -74,7 +92,7 @@ pub async fn wait_for_turn(file: &File, path: &Path) -> Result<OwnedMutexGuard<(
             turn
         })
     };
-    Ok(turn.lock_owned().await)
+    turn.lock_owned().await
 }
 
 /// Makes a file ours again that an earlier daemon lent and could not take back. Returns whether it
@@ -82,8 +100,9 @@ pub async fn wait_for_turn(file: &File, path: &Path) -> Result<OwnedMutexGuard<(
 /// on loan is ended.
 pub async fn take_back(path: &Path) -> Result<bool> {
     let file = open(path)?;
-    let _turn = wait_for_turn(&file, path).await?;
     let what = || format!("Taking {} back", path.display());
+    let meta = file.metadata().io(what())?;
+    let _turn = wait_for_turn(key(&meta)).await;
     let owner = rustix::process::geteuid().as_raw();
     if file.metadata().io(what())?.uid() == owner {
         return Ok(false);

@@ -212,10 +212,15 @@ impl fmt::Display for Port {
     }
 }
 
+/// Length of the memory of a guest that was promised `memory`.
+pub(crate) fn ram_bytes(memory: Size) -> u64 {
+    memory.round_up(2 << 20).bytes()
+}
+
 impl MachineSpec {
     /// Length of the guest's memory, and of the file that it is made of.
     pub fn ram_bytes(&self) -> u64 {
-        self.memory.round_up(2 << 20).bytes()
+        ram_bytes(self.memory)
     }
 
     /// Refuses what QEMU would refuse in words of its own, or take for something else.
