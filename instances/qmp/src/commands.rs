@@ -355,3 +355,14 @@ impl Command for QueryMigrate {
     const NAME: &'static str = "query-migrate";
     type Reply = Migration;
 }
+
+/// Gives all disks to this QEMU, or leaves them to another one. From QEMU 10.0 on.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct BlockdevSetActive {
+    pub active: bool,
+}
+
+impl Command for BlockdevSetActive {
+    const NAME: &'static str = "blockdev-set-active";
+    type Reply = IgnoredAny;
+}

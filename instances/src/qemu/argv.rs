@@ -213,14 +213,12 @@ impl Builder<'_> {
             let read = (self.hand)(What::Read(layer.clone()))?;
             let set = self.sets;
             self.option("-add-fd", format!("fd={read},set={set}"));
-            self.option(
-                "-blockdev",
-                format!("driver=file,node-name=disk-file,filename={file},discard=unmap"),
-            );
+            // The file within, not beside: a node of its own would stay writable.
             self.option(
                 "-blockdev",
                 format!(
-                    "driver=qcow2,node-name=disk,file=disk-file,backing={below},discard=unmap,\
+                    "driver=qcow2,node-name=disk,file.driver=file,file.node-name=disk-file,\
+                     file.filename={file},file.discard=unmap,backing={below},discard=unmap,\
                      detect-zeroes=unmap"
                 ),
             );

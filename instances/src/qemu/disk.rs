@@ -65,10 +65,25 @@ impl Vm {
             done
         };
         let snapshot = snapshot.await;
-        if snapshot.is_err() {
-            let _ = self.client().run(&RemoveFd { fdset_id: set }).await;
+        // What is needed no more: the new layer, or what the former top could be written with.
+        let needless = match &snapshot {
+            Ok(()) => self.set_of(&top.node).await,
+            Err(_) => Some(set),
+        };
+        if let Some(fdset_id) = needless {
+            let _ = self.client().run(&RemoveFd { fdset_id }).await;
         }
         snapshot
+    }
+
+    /// The descriptors that a node's file was opened from.
+    async fn set_of(&self, node: &str) -> Option<u32> {
+        let nodes = self.client().run(&QueryNamedBlockNodes { flat: true });
+        let nodes = nodes.await.ok()?;
+        let file = find(&nodes, &format!("{node}-file"))?
+            .get("file")?
+            .as_str()?;
+        file.strip_prefix("/dev/fdset/")?.parse().ok()
     }
 
     async fn top(&self) -> Result<Top> {
@@ -153,10 +168,14 @@ fn parse_top(blocks: &[Value]) -> Option<Top> {
     })
 }
 
-fn size_of(nodes: &[Value], name: &str) -> Option<u64> {
-    let node = nodes
+fn find<'a>(nodes: &'a [Value], name: &str) -> Option<&'a Value> {
+    nodes
         .iter()
-        .find(|node| node.get("node-name").and_then(Value::as_str) == Some(name))?;
+        .find(|node| node.get("node-name").and_then(Value::as_str) == Some(name))
+}
+
+fn size_of(nodes: &[Value], name: &str) -> Option<u64> {
+    let node = find(nodes, name)?;
     node.pointer("/image/virtual-size")?.as_u64()
 }
 

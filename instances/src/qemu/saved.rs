@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use pileus_base::{Code, Error, Result, ResultExt};
 use pileus_qmp::commands::{
-    AddFd, Migrate, MigrateCancel, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
-    MigrationCapability, QueryMigrate, RemoveFd,
+    AddFd, BlockdevSetActive, Migrate, MigrateCancel, MigrateIncoming, MigrateSetCapabilities,
+    MigrateSetParameters, MigrationCapability, QueryMigrate, RemoveFd,
 };
 use serde::{Deserialize, Serialize};
 
@@ -113,12 +113,23 @@ impl Vm {
             self.client().run(&incoming).await?;
             self.migrated("restored", within).await?;
             self.forget(set).await;
-            Ok(())
+            self.activate_disks().await
         };
         loaded.await.map_err(|err: Error| {
             let said = said_since(self.log(), log_before);
             said.into_iter().fold(err, Error::detail)
         })
+    }
+
+    /// From QEMU 10.0 on a restored machine's disks can't be used (or grown) before it runs, unless
+    /// they are activated; an older one activates them itself.
+    async fn activate_disks(&self) -> Result<()> {
+        if self.client().version().major >= 10 {
+            self.client()
+                .run(&BlockdevSetActive { active: true })
+                .await?;
+        }
+        Ok(())
     }
 
     /// Sets all capabilities that we use, whatever they were set to before.
