@@ -10,8 +10,8 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 
 use crate::commands::{
-    completions, delete, exec, find, help, images, info, launch, list, logs, purge, recover,
-    restart, shell, start, stop, version, wait_ready,
+    completions, delete, exec, find, fork, get, help, images, info, launch, list, logs, purge,
+    recover, restart, run, set, shell, start, stop, template, verify_unique, version, wait_ready,
 };
 use crate::context::Context;
 use crate::error::Outcome;
@@ -54,6 +54,7 @@ pub struct Global {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Launch(launch::Args),
+    Run(Box<run::Args>),
     #[command(visible_alias = "ls")]
     List(list::Args),
     Info(info::Args),
@@ -67,8 +68,13 @@ pub enum Command {
     #[command(visible_aliases = ["sh", "connect"])]
     Shell(shell::Args),
     Logs(logs::Args),
+    Fork(fork::Args),
+    VerifyUnique(verify_unique::Args),
     Find(find::Args),
     Images(images::Args),
+    Template(template::Args),
+    Get(get::Args),
+    Set(set::Args),
     WaitReady(wait_ready::Args),
     Version(version::Args),
     Completions(completions::Args),
@@ -80,6 +86,7 @@ impl Command {
     pub fn name(&self) -> &'static str {
         match self {
             Command::Launch(_) => "launch",
+            Command::Run(_) => "run",
             Command::List(_) => "list",
             Command::Info(_) => "info",
             Command::Start(_) => "start",
@@ -91,8 +98,13 @@ impl Command {
             Command::Exec(_) => "exec",
             Command::Shell(_) => "shell",
             Command::Logs(_) => "logs",
+            Command::Fork(_) => "fork",
+            Command::VerifyUnique(_) => "verify-unique",
             Command::Find(_) => "find",
             Command::Images(_) => "images",
+            Command::Template(_) => "template",
+            Command::Get(_) => "get",
+            Command::Set(_) => "set",
             Command::WaitReady(_) => "wait-ready",
             Command::Version(_) => "version",
             Command::Completions(_) => "completions",
@@ -103,6 +115,7 @@ impl Command {
     pub(crate) async fn run(self, context: &Context) -> Outcome {
         match self {
             Command::Launch(args) => launch::run(context, args).await,
+            Command::Run(args) => run::run(context, *args).await,
             Command::List(args) => list::run(context, &args).await,
             Command::Info(args) => info::run(context, &args).await,
             Command::Start(args) => start::run(context, &args).await,
@@ -114,8 +127,13 @@ impl Command {
             Command::Exec(args) => exec::run(context, args).await,
             Command::Shell(args) => shell::run(context, args).await,
             Command::Logs(args) => logs::run(context, &args).await,
+            Command::Fork(args) => fork::run(context, &args).await,
+            Command::VerifyUnique(args) => verify_unique::run(context, &args).await,
             Command::Find(args) => find::run(context, &args).await,
             Command::Images(args) => images::run(context, args).await,
+            Command::Template(args) => template::run(context, args).await,
+            Command::Get(args) => get::run(context, &args).await,
+            Command::Set(args) => set::run(context, &args).await,
             Command::WaitReady(args) => wait_ready::run(context, &args).await,
             Command::Version(args) => version::run(context, &args).await,
             Command::Completions(args) => completions::run(context, &args),
@@ -131,14 +149,24 @@ pub fn command() -> clap::Command {
 
 /// Parses a command line; what can't be parsed is shown, and an exit code is returned.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, ExitCode> {
-    Cli::try_parse_from(args).map_err(|err| {
+    let args: Vec<OsString> = args.into_iter().collect();
+    Cli::try_parse_from(&args).map_err(|err| {
         // A reader that closed the pipe has seen enough.
         let _ = err.print();
         match err.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+            _ if is_run(&args) => ExitCode::from(run::FAILED),
             _ => ExitCode::from(1),
         }
     })
+}
+
+/// Whether a line that can't be parsed is one of `pileus run`, whose exit codes belong to the command.
+fn is_run(args: &[OsString]) -> bool {
+    let matches = Cli::command()
+        .ignore_errors(true)
+        .try_get_matches_from(args);
+    matches.is_ok_and(|matches| matches.subcommand_name() == Some("run"))
 }
 
 /// `pileus` alone shows the help but is no success; `pileus --version` is `pileus version` without
@@ -217,6 +245,25 @@ mod tests {
     }
 
     #[test]
+    fn run_splits_its_line() {
+        for line in [
+            "pileus run -it --rm -c2 -e A=1 -e B debian-13 -- ls -l --all",
+            "pileus run -i -t debian-13 -c 2 --env A=1 --env B ls -l --all",
+        ] {
+            let Some(Command::Run(args)) = parsed(line) else {
+                panic!("{line}");
+            };
+            assert_eq!(args.image, "debian-13", "{line}");
+            assert_eq!(args.command, ["ls", "-l", "--all"], "{line}");
+            assert_eq!(args.env, ["A=1", "B"], "{line}");
+            assert!(args.tty && !args.no_tty, "{line}");
+        }
+        let is_run = |line: &str| is_run(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
+        assert!(is_run("pileus --socket /x run --nope"));
+        assert!(!is_run("pileus launch run --nope"));
+    }
+
+    #[test]
     fn synonyms_and_old_forms() {
         for line in [
             "pileus ls --format=json",
@@ -230,6 +277,13 @@ mod tests {
             "pileus images --format json",
             "pileus images list --format json",
             "pileus -vvvv list",
+            "pileus template ls --format json",
+            "pileus template create debian-13 -c2 -m 2G",
+            "pileus get --keys",
+            "pileus set local.warm=off",
+            "pileus set local.warm off",
+            "pileus verify-unique a b c",
+            "pileus fork a -n 3 --name x --name y",
             "pileus list -vvvv --socket /x",
         ] {
             assert!(parsed(line).is_some(), "{line}");
@@ -240,6 +294,13 @@ mod tests {
             "pileus launch a b",
             "pileus list --format xml",
             "pileus purge x",
+            "pileus run",
+            "pileus run --rm --keep debian-13",
+            "pileus run --warm --cold debian-13",
+            "pileus run --keep --tmpfs debian-13",
+            "pileus verify-unique a",
+            "pileus template",
+            "pileus launch --warm --cold",
         ] {
             assert!(parsed(line).is_none(), "{line}");
         }

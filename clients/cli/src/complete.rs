@@ -53,6 +53,32 @@ pub(crate) fn digests() -> ArgValueCandidates {
     })
 }
 
+/// Completes IDs of templates.
+pub(crate) fn templates() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        ask(async |client| {
+            let templates = client.templates().await.ok()?;
+            let candidate = |t: &pileus_api::Template| {
+                CompletionCandidate::new(&t.id).help(Some(t.image.source.clone().into()))
+            };
+            Some(templates.iter().map(candidate).collect())
+        })
+    })
+}
+
+/// Completes keys of settings.
+pub(crate) fn settings() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        ask(async |client| {
+            let settings = client.settings().await.ok()?;
+            let candidate = |s: &pileus_api::Setting| {
+                CompletionCandidate::new(&s.key).help(Some(s.values.clone().into()))
+            };
+            Some(settings.iter().map(candidate).collect())
+        })
+    })
+}
+
 fn ask(
     question: impl AsyncFnOnce(Client) -> Option<Vec<CompletionCandidate>>,
 ) -> Vec<CompletionCandidate> {

@@ -19,7 +19,11 @@ pub fn man_pages() -> Vec<(String, Vec<u8>)> {
     };
     add(&root, "pileus");
     for command in shown(&root) {
-        add(command, &format!("pileus-{}", command.get_name()));
+        let name = format!("pileus-{}", command.get_name());
+        add(command, &name);
+        for inner in shown(command).filter(|inner| inner.get_name() != "help") {
+            add(inner, &format!("{name}-{}", inner.get_name()));
+        }
     }
     pages
 }
@@ -39,7 +43,8 @@ pub fn markdown() -> String {
          | 2 | the command failed |\n\
          | 5 | the client's own `--timeout` was over |\n\
          | 130, 143 | ended by Ctrl-C, by SIGTERM |\n\
-         | 255 | `exec`, `shell`: the way to the command broke; else they give the command's own code |\n\n\
+         | 255 | `exec`, `shell`: the way to the command broke; else they give the command's own code |\n\
+         | 124, 125 | `run`: the command's time was over; pileus itself failed (else the command's own code) |\n\n\
          Data goes to standard output, all else to standard error. Progress is drawn only if standard\n\
          error is a terminal. `NO_COLOR` is honoured.\n\n",
     );

@@ -1,5 +1,6 @@
 //! What the process was given by its surroundings, read once in `main` and passed in from there.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -22,6 +23,8 @@ pub struct Environment {
     pub own_folder: Option<PathBuf>,
     pub current_folder: PathBuf,
     pub terminals: Terminals,
+    /// All variables, for those that a command in a guest is to get.
+    pub variables: BTreeMap<OsString, OsString>,
 }
 
 /// Which of the standard streams are terminals.
@@ -60,6 +63,7 @@ impl Environment {
                 stdout: std::io::stdout().is_terminal(),
                 stderr: std::io::stderr().is_terminal(),
             },
+            variables: env::vars_os().collect(),
         }
     }
 

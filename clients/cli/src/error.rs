@@ -53,6 +53,8 @@ pub struct CommandError {
     pub hints: Vec<String>,
     /// In which phase an operation failed; its code is shown then.
     operation: Option<Option<Phase>>,
+    /// Instead of the one that the kind has.
+    exit_code: Option<u8>,
 }
 
 impl CommandError {
@@ -62,7 +64,19 @@ impl CommandError {
             error: Box::new(error),
             hints: Vec::new(),
             operation: None,
+            exit_code: None,
         }
+    }
+
+    /// Gives the error another exit code than the one of its kind.
+    #[must_use]
+    pub fn with_exit_code(mut self, code: u8) -> Self {
+        self.exit_code = Some(code);
+        self
+    }
+
+    pub fn exit_code(&self) -> u8 {
+        self.exit_code.unwrap_or_else(|| self.kind.exit_code())
     }
 
     /// The user's mistake on the command line: shown without the command's name.
@@ -172,7 +186,7 @@ impl CommandError {
         use std::io::Write;
         // Nothing is left to do when standard error is gone as well.
         let _ = io::stderr().write_all(self.text(command).as_bytes());
-        self.kind.exit_code()
+        self.exit_code()
     }
 }
 

@@ -8,6 +8,11 @@ pub fn for_code(code: Code) -> Option<&'static str> {
         Code::ImageNotFound => "pileus find lists the images that can be launched.",
         Code::InstanceExists => "Choose another name, or delete that instance with --purge first.",
         Code::InstanceDeleted => "pileus recover brings it back; pileus purge removes it for good.",
+        Code::TemplateNotFound => "pileus template list shows the templates.",
+        Code::NoTemplate => {
+            "pileus template create IMAGE makes one; without --warm the guest boots."
+        }
+        Code::SettingNotFound => "pileus get --keys lists the settings.",
         Code::WrongState => "pileus info shows the instance's state.",
         Code::InvalidCloudInit => {
             "User data begins with #cloud-config, #! or another header that cloud-init knows."

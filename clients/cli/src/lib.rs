@@ -7,6 +7,7 @@
 //! render/          answers as table, JSON, …        daemon.rs        connect, start the user's own
 //! progress.rs      spinners on stderr               session.rs       exec and shell
 //! error.rs         exit codes, how errors look      hints.rs         what to do next, by code
+//! run/             the parts of run
 //! complete.rs      live names for the shell         docs.rs          man pages, docs/cli.md
 //! ```
 //!
@@ -26,6 +27,7 @@ pub mod hints;
 mod place;
 mod progress;
 pub mod render;
+mod run;
 mod session;
 mod several;
 mod signals;

@@ -50,6 +50,7 @@ impl Progress {
             target: target.to_owned(),
             phase: None,
             warned: Vec::new(),
+            silent: false,
         };
         line.spin();
         line
@@ -68,9 +69,16 @@ pub(crate) struct Line {
     phase: Option<Phase>,
     /// Warnings that were shown.
     warned: Vec<String>,
+    silent: bool,
 }
 
 impl Line {
+    #[must_use]
+    pub fn without_warnings(mut self) -> Self {
+        self.silent = true;
+        self
+    }
+
     /// Says whole lines while the work goes on.
     pub fn speaker(&self) -> Progress {
         self.progress.clone()
@@ -122,7 +130,7 @@ impl Line {
     }
 
     fn warn(&mut self, warning: &str) {
-        if self.warned.iter().any(|told| told == warning) {
+        if self.silent || self.warned.iter().any(|told| told == warning) {
             return;
         }
         self.warned.push(warning.to_owned());
@@ -162,6 +170,11 @@ pub(crate) fn phase_text(phase: Phase, target: &str) -> String {
         Phase::Starting => format!("Starting {target}"),
         Phase::Booting => format!("Waiting for {target} to boot"),
         Phase::Initializing => format!("Waiting for initialization of {target} to complete"),
+        Phase::Restoring => format!("Restoring {target}"),
+        Phase::Identifying => format!("Giving {target} its identity"),
+        Phase::Quieting => format!("Bringing {target} to a quiet point"),
+        Phase::Saving => format!("Saving {target}"),
+        Phase::Forking => format!("Forking {target}"),
         Phase::Stopping => format!("Stopping {target}"),
         Phase::Deleting => format!("Deleting {target}"),
     }

@@ -9,7 +9,9 @@
 //! The threads exist because reading and writing these streams may block; the short queues between
 //! keep memory bounded whoever is slow.
 
+use std::cell::Cell;
 use std::io::{self, Write};
+use std::time::Duration;
 
 use bytes::Bytes;
 use pileus_api::{Code, ExecEvent, ExecRequest, InstanceState, OperationState, StartRequest, Tty};
@@ -25,6 +27,8 @@ use crate::terminal::{self, RawMode};
 
 /// So many signals that the command did not heed end this process.
 const PATIENCE: u32 = 3;
+/// How long a command has after TERM, and after KILL.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// Runs a command (an empty one is the login shell) and returns its exit code. An instance that is
 /// stopped is started first.
@@ -37,11 +41,7 @@ pub(crate) async fn run(
 ) -> Outcome {
     let client = context.client().await?;
     let terminals = context.env.terminals;
-    let tty = (terminals.stdin && terminals.stdout).then(|| {
-        let (cols, rows) = terminal::size();
-        let term = context.env.term.clone();
-        Tty { term, cols, rows }
-    });
+    let tty = (terminals.stdin && terminals.stdout).then(|| terminal_of(context));
     let request = ExecRequest {
         command,
         working_directory,
@@ -49,7 +49,8 @@ pub(crate) async fn run(
         ..Default::default()
     };
     // Before anything runs, so that no signal is lost between start and forwarding.
-    let signals = Signals::to_forward().map_err(|err| Error::io("Listening to signals", err))?;
+    let mut signals =
+        Signals::to_forward().map_err(|err| Error::io("Listening to signals", err))?;
     let (input, output) = match open(&client, name, &request).await {
         Err(err) if err.code == Code::WrongState => {
             start_instance(context, &client, name, &start).await?;
@@ -58,11 +59,51 @@ pub(crate) async fn run(
         result => result,
     }
     .map_err(channel_error)?;
-    connect(input, output, signals, request.tty.is_some()).await
+    let limits = Limits::default();
+    match connect(input, output, &mut signals, request.tty.is_some(), limits).await? {
+        End::Exit(code) => Ok(code),
+        // No limits were given.
+        End::OutOfTime | End::TooMuchOutput => Err(Error::internal("A limit of none").into()),
+    }
+}
+
+/// What a command may use.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Limits {
+    pub time: Option<Duration>,
+    /// Bytes of standard output and error together.
+    pub output: Option<u64>,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    Exit(u8),
+    OutOfTime,
+    TooMuchOutput,
+}
+
+/// Runs a command on a running instance, within limits.
+pub(crate) async fn attach(
+    client: &Client,
+    name: &str,
+    request: &ExecRequest,
+    signals: &mut Signals,
+    limits: Limits,
+) -> Result<End, CommandError> {
+    let (input, output) = open(client, name, request).await.map_err(channel_error)?;
+    connect(input, output, signals, request.tty.is_some(), limits).await
+}
+
+/// The terminal that the command gets.
+pub(crate) fn terminal_of(context: &Context) -> Tty {
+    let (cols, rows) = terminal::size();
+    let term = context.env.term.clone();
+    Tty { term, cols, rows }
 }
 
 /// Opens the session and waits until the command has started.
-async fn open(
+pub(crate) async fn open(
     client: &Client,
     name: &str,
     request: &ExecRequest,
@@ -112,35 +153,60 @@ fn channel_error(err: Error) -> CommandError {
 async fn connect(
     input: ExecInput,
     mut output: ExecOutput,
-    mut signals: Signals,
+    signals: &mut Signals,
     tty: bool,
-) -> Outcome {
+    limits: Limits,
+) -> Result<End, CommandError> {
     // Restored when this function is left, by whatever way.
     let _raw = if tty {
-        Some(RawMode::enter().map_err(|err| Error::io("Setting up the terminal", err))?)
+        RawMode::enter().map_err(|err| Error::io("Setting up the terminal", err))?
     } else {
         None
     };
     let (writer, mut written) = Writer::start();
     let (passed_on, received) = mpsc::channel(8);
-    let watch = watch_signals(&mut signals, passed_on, tty);
+    let out_of_time = Cell::new(false);
+    let time_limit = limit_time(limits.time, passed_on.clone(), &out_of_time);
+    let kill = passed_on.clone();
+    let watch = watch_signals(signals, passed_on, tty);
     let feed = feed(input, received, tty);
     let session = async {
-        let code = drain(&mut output, &writer).await?;
+        let end = drain(&mut output, &writer, limits.output, &kill).await?;
         // What the command said must be out before this process ends.
         drop(writer);
         match (&mut written).await {
             Ok(Err(err)) => Err(err.into()),
-            _ => Ok(code),
+            _ if out_of_time.get() => Ok(End::OutOfTime),
+            _ => Ok(end),
         }
     };
     tokio::select! {
         result = session => result,
+        () = time_limit => Ok(End::OutOfTime),
         signal = watch => Err(CommandError::new(
             Kind::Signal(signal.number),
             Error::new(Code::Cancelled, format!("Ended by SIG{}", signal.name)),
         )),
         err = feed => Err(err),
+    }
+}
+
+/// Asks the command to end when its time is over, and then makes it; returns when even that did not
+/// help.
+async fn limit_time(
+    limit: Option<Duration>,
+    passed_on: mpsc::Sender<&'static str>,
+    over: &Cell<bool>,
+) {
+    let Some(limit) = limit else {
+        return std::future::pending().await;
+    };
+    tokio::time::sleep(limit).await;
+    over.set(true);
+    for signal in ["TERM", "KILL"] {
+        // A full queue means that the session is stuck; then only waiting is left.
+        let _ = passed_on.try_send(signal);
+        tokio::time::sleep(GRACE).await;
     }
 }
 
@@ -199,29 +265,56 @@ async fn feed(
     }
 }
 
-/// Shows what the command says until it ends; returns its exit code.
-async fn drain(output: &mut ExecOutput, writer: &Writer) -> Outcome {
+/// Shows what the command says until it ends. One that says more than it may is killed.
+async fn drain(
+    output: &mut ExecOutput,
+    writer: &Writer,
+    limit: Option<u64>,
+    kill: &mpsc::Sender<&'static str>,
+) -> Result<End, CommandError> {
+    let mut left = limit.unwrap_or(u64::MAX);
     loop {
-        let event = match output.next().await.map_err(channel_error)? {
-            ExecPart::Stdout(bytes) => {
-                writer.write(Stream::Stdout, bytes).await?;
-                continue;
-            }
-            ExecPart::Stderr(bytes) => {
-                writer.write(Stream::Stderr, bytes).await?;
-                continue;
-            }
-            ExecPart::Event(event) => event,
+        let (stream, mut bytes) = match output.next().await.map_err(channel_error)? {
+            ExecPart::Stdout(bytes) => (Stream::Stdout, bytes),
+            ExecPart::Stderr(bytes) => (Stream::Stderr, bytes),
+            ExecPart::Event(event) => match ended(event) {
+                Some(end) => return end,
+                None => continue,
+            },
         };
-        return match event {
-            ExecEvent::Started => continue,
-            // As the kernel does: the lowest byte.
-            ExecEvent::Exit { code } => Ok((code & 0xff) as u8),
-            ExecEvent::Signalled { signal } => {
-                Ok(128 + signals::number(&signal).unwrap_or_default())
-            }
-            ExecEvent::Error { error } => Err(CommandError::new(Kind::Channel, error.into())),
-        };
+        let len = bytes.len() as u64;
+        if len > left {
+            bytes.truncate(left as usize);
+            writer.write(stream, bytes).await?;
+            let _ = kill.try_send("KILL");
+            // It is as good as over, however long its end takes.
+            let _ = tokio::time::timeout(GRACE, discard(output)).await;
+            return Ok(End::TooMuchOutput);
+        }
+        left -= len;
+        writer.write(stream, bytes).await?;
+    }
+}
+
+/// What an event says of the command's end.
+pub(crate) fn ended(event: ExecEvent) -> Option<Result<End, CommandError>> {
+    Some(match event {
+        ExecEvent::Started => return None,
+        // As the kernel does: the lowest byte.
+        ExecEvent::Exit { code } => Ok(End::Exit((code & 0xff) as u8)),
+        ExecEvent::Signalled { signal } => Ok(End::Exit(
+            128 + signals::number(&signal).unwrap_or_default(),
+        )),
+        ExecEvent::Error { error } => Err(CommandError::new(Kind::Channel, error.into())),
+    })
+}
+
+/// Waits for a command's end.
+async fn discard(output: &mut ExecOutput) {
+    while let Ok(part) = output.next().await {
+        if matches!(part, ExecPart::Event(event) if event != ExecEvent::Started) {
+            return;
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 
 use rustix::termios::{self, OptionalActions, Termios};
@@ -14,13 +14,17 @@ pub(crate) struct RawMode {
 }
 
 impl RawMode {
-    pub fn enter() -> io::Result<Self> {
+    /// `None` if standard input is no terminal.
+    pub fn enter() -> io::Result<Option<Self>> {
+        if !io::stdin().is_terminal() {
+            return Ok(None);
+        }
         let terminal = File::from(io::stdin().as_fd().try_clone_to_owned()?);
         let before = termios::tcgetattr(&terminal)?;
         let mut raw = before.clone();
         raw.make_raw();
         termios::tcsetattr(&terminal, OptionalActions::Drain, &raw)?;
-        Ok(Self { terminal, before })
+        Ok(Some(Self { terminal, before }))
     }
 }
 

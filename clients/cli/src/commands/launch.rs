@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pileus_api::{
     Blob, Code, Digest, InstanceName, LaunchRequest, Operation, OperationEvent, OperationState,
-    Phase, Size,
+    Phase, Size, Warm,
 };
 use pileus_base::Error;
 use pileus_client::Client;
@@ -19,7 +19,7 @@ use crate::progress::Line;
 use crate::signals::Signals;
 use crate::{cloud_init, complete, several};
 
-const MIN_MEMORY: Size = Size::mib(512);
+pub(crate) const MIN_MEMORY: Size = Size::mib(512);
 const MIN_DISK: Size = Size::gib(1);
 
 /// Create and start an instance
@@ -61,20 +61,32 @@ pub struct Args {
     /// Wait so many seconds at most; the work goes on after that
     #[arg(long, value_name = "SECONDS", allow_hyphen_values = true)]
     pub timeout: Option<String>,
+    /// Start from a template, or fail if there is none that fits
+    #[arg(long, conflicts_with = "cold")]
+    pub warm: bool,
+    /// Boot, even if there is a template
+    #[arg(long)]
+    pub cold: bool,
 }
 
 pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
-    let mut request = request(&args, &context.env.current_folder)?;
-    if let Some(source) = &args.cloud_init {
-        request.user_data = Some(Blob(cloud_init::read(source).await?));
-    }
-    request.timezone = time_zone();
+    let request = request(&args, &context.env.current_folder).await?;
     let client = context.client().await?;
     let mut signals = Signals::to_end().map_err(|err| Error::io("Listening to signals", err))?;
     let operation = client.launch(&request).await?;
     let name = operation.target.clone();
     let mut line = context.progress().line(&name);
-    let operation = follow(&client, operation, request.timeout, &mut signals, &mut line).await?;
+    let followed = follow(&client, operation, request.timeout, &mut signals, &mut line).await;
+    let operation = match followed {
+        Ok((operation, Some(signal))) if operation.state == OperationState::Cancelled => {
+            return Err(interrupted(signal, "The launch was cancelled"));
+        }
+        Ok((operation, _)) => operation,
+        Err(err) if err.kind == Kind::TimedOut => {
+            return Err(err.hint("The launch goes on; pileus list shows its state."));
+        }
+        Err(err) => return Err(err),
+    };
     line.end(&operation);
     drop(line);
     if operation.state != OperationState::Succeeded {
@@ -87,15 +99,19 @@ pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
     context.print(&format!("Launched: {name}\n"))
 }
 
-/// Follows the launch to its end; the first Ctrl-C cancels it, the second leaves it alone. The user's
-/// time-out holds for getting the image, and anew for the boot, which the daemon itself bounds.
-async fn follow(
+/// The message of a launch whose end was not waited for.
+pub(crate) const LEFT: &str = "Left while cancelling";
+
+/// Follows the launch to its end; the first Ctrl-C cancels it (and is returned), the second leaves it
+/// alone. The user's time-out holds for getting the image, and anew for the boot, which the daemon
+/// itself bounds.
+pub(crate) async fn follow(
     client: &Client,
     operation: Operation,
     timeout: Option<u64>,
     signals: &mut Signals,
     line: &mut Line,
-) -> Result<Operation, CommandError> {
+) -> Result<(Operation, Option<u8>), CommandError> {
     let id = operation.id;
     let say = line.speaker();
     let after = |seconds| Instant::now() + Duration::from_secs(seconds);
@@ -121,22 +137,13 @@ async fn follow(
     let mut cancelled_by = None;
     loop {
         tokio::select! {
-            done = &mut work => {
-                let operation = done?;
-                return match cancelled_by {
-                    Some(signal) if operation.state == OperationState::Cancelled => {
-                        Err(interrupted(signal, "The launch was cancelled"))
-                    }
-                    _ => Ok(operation),
-                };
-            }
+            done = &mut work => return Ok((done?, cancelled_by)),
             () = &mut deadline => {
-                return Err(CommandError::timed_out("Timed out waiting for instance launch.")
-                    .hint("The launch goes on; pileus list shows its state."));
+                return Err(CommandError::timed_out("Timed out waiting for instance launch."));
             }
             signal = signals.next() => {
                 if cancelled_by.is_some() {
-                    return Err(interrupted(signal.number, "Left while cancelling"));
+                    return Err(interrupted(signal.number, LEFT));
                 }
                 cancelled_by = Some(signal.number);
                 say.say("Cancelling; press Ctrl-C again to leave at once.");
@@ -146,12 +153,22 @@ async fn follow(
     }
 }
 
-fn interrupted(signal: u8, message: &str) -> CommandError {
+pub(crate) fn interrupted(signal: u8, message: &str) -> CommandError {
     CommandError::new(Kind::Signal(signal), Error::new(Code::Cancelled, message))
 }
 
+/// Reads the options and the user data that they name.
+pub(crate) async fn request(args: &Args, folder: &Path) -> Result<LaunchRequest, CommandError> {
+    let mut request = options(args, folder)?;
+    if let Some(source) = &args.cloud_init {
+        request.user_data = Some(Blob(cloud_init::read(source).await?));
+    }
+    request.timezone = time_zone();
+    Ok(request)
+}
+
 /// Reads the options; nothing is asked of the daemon that can't work.
-fn request(args: &Args, folder: &Path) -> Result<LaunchRequest, CommandError> {
+fn options(args: &Args, folder: &Path) -> Result<LaunchRequest, CommandError> {
     let name = args.name.as_deref().map(name).transpose()?;
     Ok(LaunchRequest {
         image: args.image.as_deref().map(|image| absolute(image, folder)),
@@ -169,18 +186,23 @@ fn request(args: &Args, folder: &Path) -> Result<LaunchRequest, CommandError> {
             .map(|text| size("disk", text, MIN_DISK))
             .transpose()?,
         timeout: several::timeout(args.timeout.as_deref())?,
+        warm: match (args.warm, args.cold) {
+            (true, _) => Some(Warm::Require),
+            (_, true) => Some(Warm::Never),
+            _ => None,
+        },
         ..Default::default()
     })
 }
 
-fn name(text: &str) -> Result<InstanceName, CommandError> {
+pub(crate) fn name(text: &str) -> Result<InstanceName, CommandError> {
     text.parse().map_err(|err: Error| {
         let advice = err.advice.unwrap_or_default();
         CommandError::invalid(err.message).hint(advice)
     })
 }
 
-fn cpus(text: &str) -> Result<u32, CommandError> {
+pub(crate) fn cpus(text: &str) -> Result<u32, CommandError> {
     match text.parse::<u32>() {
         Ok(cpus) if cpus > 0 => Ok(cpus),
         _ => Err(CommandError::usage(format!(
@@ -189,7 +211,7 @@ fn cpus(text: &str) -> Result<u32, CommandError> {
     }
 }
 
-fn size(what: &str, text: &str, least: Size) -> Result<Size, CommandError> {
+pub(crate) fn size(what: &str, text: &str, least: Size) -> Result<Size, CommandError> {
     let size: Size = text
         .parse()
         .map_err(|err: Error| CommandError::usage(err.message))?;
@@ -208,7 +230,7 @@ fn checksum(text: &str) -> Result<Digest, CommandError> {
 }
 
 /// The daemon runs in another folder: a relative file becomes an absolute one.
-fn absolute(image: &str, folder: &Path) -> String {
+pub(crate) fn absolute(image: &str, folder: &Path) -> String {
     let file = match image.strip_prefix("file://") {
         Some(path) if path.starts_with('/') => return image.to_owned(),
         Some(path) => folder.join(path),
@@ -232,7 +254,7 @@ mod tests {
     fn read(change: impl FnOnce(&mut Args)) -> Result<LaunchRequest, (u8, String)> {
         let mut args = Args::default();
         change(&mut args);
-        request(&args, Path::new("/work")).map_err(|err| (err.kind.exit_code(), err.text("launch")))
+        options(&args, Path::new("/work")).map_err(|err| (err.kind.exit_code(), err.text("launch")))
     }
 
     #[test]

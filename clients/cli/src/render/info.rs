@@ -1,6 +1,6 @@
 //! `pileus info`: the fields that users of Multipass know, and then what only pileus tells.
 
-use pileus_api::{CloudInitStatus, GuestReport, Instance, Phase, PhaseTime, Size};
+use pileus_api::{CloudInitStatus, GuestReport, Instance, Origin, Phase, PhaseTime, Size};
 
 use super::node::Node;
 use super::{Format, csv_field, image_title, state};
@@ -72,6 +72,10 @@ fn as_table(instance: &Instance) -> String {
         &told(|r| usage(r.memory.used, r.memory.total)),
     );
     line("Mounts", "");
+    line("Origin", &origin_text(&instance.origin));
+    if let Some(time) = &instance.lease_expires_at {
+        line("Lease", &format!("until {time}"));
+    }
     if let Some(cloud_init) = &instance.cloud_init {
         let mut text = cloud_init_word(cloud_init.status).to_owned();
         for error in &cloud_init.errors {
@@ -91,6 +95,35 @@ fn as_table(instance: &Instance) -> String {
     out
 }
 
+/// Where the first run came from.
+fn origin_text(origin: &Origin) -> String {
+    match origin {
+        Origin::Cold { reason: None } => "cold".to_owned(),
+        Origin::Cold {
+            reason: Some(reason),
+        } => format!("cold: {reason}"),
+        Origin::Warm { template } => format!("warm {template}"),
+        Origin::Fork { of } => format!("fork of {of}"),
+    }
+}
+
+fn origin_node(origin: &Origin) -> Node {
+    match origin {
+        Origin::Cold { reason } => Node::map([
+            ("kind", Node::text("cold")),
+            ("reason", Node::or_null(reason.as_deref())),
+        ]),
+        Origin::Warm { template } => Node::map([
+            ("kind", Node::text("warm")),
+            ("template", Node::text(template)),
+        ]),
+        Origin::Fork { of } => Node::map([
+            ("kind", Node::text("fork")),
+            ("of", Node::text(of.as_str())),
+        ]),
+    }
+}
+
 fn usage(used: u64, total: u64) -> String {
     format!("{} out of {}", Size(used), Size(total))
 }
@@ -105,9 +138,10 @@ fn cloud_init_word(status: CloudInitStatus) -> &'static str {
     }
 }
 
-/// Only a launch makes the instance's disk.
+/// Only a launch makes the instance's disk, or restores a template.
 fn phases_label(phases: &[PhaseTime]) -> &'static str {
-    if phases.iter().any(|p| p.phase == Phase::Configuring) {
+    let launches = [Phase::Configuring, Phase::Restoring];
+    if phases.iter().any(|p| launches.contains(&p.phase)) {
         "Launch"
     } else {
         "Start"
@@ -174,6 +208,11 @@ fn own_fields(instance: &Instance) -> Vec<(&'static str, Node)> {
         (
             "started",
             Node::or_null(instance.started_at.map(|time| time.to_string())),
+        ),
+        ("origin", origin_node(&instance.origin)),
+        (
+            "lease_expires",
+            Node::or_null(instance.lease_expires_at.map(|time| time.to_string())),
         ),
     ];
     let phases = instance.phases.iter();

@@ -3,13 +3,16 @@
 //!
 //! Everything here is a pure function from API types to a string.
 
+pub mod identity;
 pub mod images;
 pub mod info;
 pub mod list;
 pub mod node;
 #[cfg(test)]
 pub(crate) mod samples;
+pub mod settings;
 pub mod table;
+pub mod templates;
 pub mod version;
 
 use clap::ValueEnum;

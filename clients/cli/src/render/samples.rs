@@ -1,8 +1,9 @@
 //! Instances and images for the tests of the renderers.
 
 use pileus_api::{
-    CatalogEntry, CloudInit, CloudInitStatus, Code, Digest, ErrorBody, GuestReport, Image,
-    Instance, InstanceImage, InstanceState, Phase, PhaseTime, PruneReply, PrunedImage, Size, Usage,
+    CatalogEntry, CloudInit, CloudInitStatus, Code, Digest, ErrorBody, GuestReport, Identity,
+    IdentityItem, Image, Instance, InstanceImage, InstanceState, Origin, Phase, PhaseTime,
+    PruneReply, PrunedImage, Setting, Size, Template, TemplateState, Usage,
 };
 use pileus_base::Error;
 
@@ -41,6 +42,10 @@ pub fn instances() -> Vec<Instance> {
         ipv4: vec!["10.1.2.3".parse().unwrap(), "192.168.5.6".parse().unwrap()],
         created_at: time("2026-11-21T20:00:00Z"),
         started_at: Some(time("2026-11-21T20:00:10Z")),
+        origin: Origin::Warm {
+            template: "0123456789abcdef".into(),
+        },
+        lease_expires_at: Some(time("2026-11-21T20:00:40Z")),
         phases: vec![
             phase(Phase::Configuring, 120),
             phase(Phase::Starting, 340),
@@ -74,6 +79,10 @@ pub fn instances() -> Vec<Instance> {
         state: InstanceState::Stopped,
         ipv4: vec![],
         started_at: None,
+        origin: Origin::Cold {
+            reason: Some("no template for 3 CPUs".into()),
+        },
+        lease_expires_at: None,
         phases: vec![phase(Phase::Starting, 300), phase(Phase::Booting, 1_000)],
         cloud_init: Some(CloudInit {
             status: CloudInitStatus::Error,
@@ -98,6 +107,9 @@ pub fn instances() -> Vec<Instance> {
         phases: vec![],
         cloud_init: None,
         last_error: None,
+        origin: Origin::Fork {
+            of: "foo".parse().unwrap(),
+        },
         ..stopped.clone()
     };
     vec![stopped, running, deleted]
@@ -154,4 +166,71 @@ pub fn pruned() -> PruneReply {
             freed: Size::mib(427),
         }],
     }
+}
+
+/// One that is ready, one that is being made.
+pub fn templates() -> Vec<Template> {
+    let ready = Template {
+        id: "0123456789abcdef".into(),
+        state: TemplateState::Ready,
+        image: instances().remove(1).image,
+        cpus: 2,
+        memory: Size::gib(1),
+        disk: Size::gib(5),
+        machine_type: "pc-q35-10.0".into(),
+        accelerator: "tcg".into(),
+        qemu: "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-1)".into(),
+        created_at: time("2026-11-21T20:00:00Z"),
+        last_used_at: Some(time("2026-11-21T21:00:00Z")),
+        memory_used: Size::mib(315),
+        disk_used: Size::mib(15),
+        in_memory: true,
+        instances: 3,
+    };
+    let building = Template {
+        id: "fedcba9876543210".into(),
+        state: TemplateState::Building,
+        cpus: 1,
+        last_used_at: None,
+        memory_used: Size(0),
+        disk_used: Size(0),
+        in_memory: false,
+        instances: 0,
+        ..ready.clone()
+    };
+    vec![ready, building]
+}
+
+pub fn settings() -> Vec<Setting> {
+    let setting = |key: &str, value: &str, values: &str| Setting {
+        key: key.into(),
+        value: value.into(),
+        values: values.into(),
+    };
+    vec![
+        setting("local.warm", "auto", "auto, manual or off"),
+        setting("local.warm-pool", "1", "0 to 16"),
+    ]
+}
+
+/// Three, of which the first and the last share a key.
+pub fn identities() -> Vec<Identity> {
+    let item = |name: &str, values: &[&str]| IdentityItem {
+        name: name.into(),
+        values: values.iter().map(|v| (*v).to_owned()).collect(),
+    };
+    let identity = |name: &str, keys: &[&str], mac: &[&str]| Identity {
+        name: name.parse().unwrap(),
+        items: vec![
+            item("machine-id", &[&format!("{name}{name}")]),
+            item("ssh-host-key", keys),
+            item("dbus-id", &[]),
+            item("mac", mac),
+        ],
+    };
+    vec![
+        identity("a", &["SHA256:x", "SHA256:a"], &["52:54:00:00:00:01"; 2]),
+        identity("b", &["SHA256:b"], &[]),
+        identity("c", &["SHA256:c", "SHA256:x"], &[""]),
+    ]
 }
