@@ -242,7 +242,7 @@ fn usage_errors() {
     let help = daemon.run("");
     assert_eq!(help.code, 2);
     assert!(
-        help.out.contains("\n  list         List all"),
+        help.out.contains("\n  list           List all"),
         "{}",
         help.out
     );

@@ -15,13 +15,15 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use futures_util::{StreamExt, stream};
+use futures_util::{SinkExt, StreamExt, stream};
 use pileus_api::exec::{STDERR, STDOUT};
 use pileus_api::{
     Code, ErrorBody, ErrorReply, ExecControl, ExecEvent, ExecRequest, Hypervisor, Instance,
-    LaunchRequest, Operation, OperationEvent, OperationKind, OperationState, Phase, ServerInfo,
+    LaunchRequest, Operation, OperationEvent, OperationKind, OperationState, Phase, PhaseTime,
+    ServerInfo,
 };
 use pileus_base::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Notify, watch};
 
 /// What the daemon was asked and what it has.
@@ -39,6 +41,19 @@ pub struct Script {
     /// Calls as they came, `POST /v1/instances/foo/start`.
     pub calls: Vec<String>,
     pub launches: Vec<LaunchRequest>,
+    /// Seconds of each lease that was asked for.
+    pub leases: Vec<u64>,
+    /// The daemon takes no deletions.
+    pub undeletable: bool,
+    /// The folder that is the guest's home, for commands that really run.
+    pub home: PathBuf,
+    pub templates: Vec<serde_json::Value>,
+    pub template_requests: Vec<serde_json::Value>,
+    pub forks: Vec<serde_json::Value>,
+    pub identities: Vec<serde_json::Value>,
+    pub settings: Vec<(String, String)>,
+    /// How the operations' phases went.
+    pub phases: Vec<PhaseTime>,
     pub log: Vec<u8>,
 }
 
@@ -58,8 +73,11 @@ pub struct Daemon {
 impl Daemon {
     pub fn start(instances: Vec<Instance>) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let home = dir.path().join("home");
+        std::fs::create_dir(&home).unwrap();
         let script = Arc::new(Mutex::new(Script {
             instances,
+            home,
             ..Default::default()
         }));
         let (stop, mut stopped) = watch::channel(());
@@ -154,6 +172,7 @@ pub fn instance(name: &str, state: &str) -> Instance {
         "ipv4": if state == "running" { vec!["10.1.2.3"] } else { vec![] },
         "created_at": "2026-11-21T20:00:00Z", "started_at": null, "phases": [],
         "cloud_init": null, "last_error": null, "report": null,
+        "origin": {"kind": "cold"}, "lease_expires_at": null,
     });
     serde_json::from_value(json).unwrap()
 }
@@ -164,6 +183,14 @@ fn router(app: App) -> Router {
         .route("/v1/instances", get(list).post(launch))
         .route("/v1/instances/{name}", get(one).delete(work))
         .route("/v1/instances/{name}/{verb}", post(work).get(read))
+        .route("/v1/templates", get(templates).post(create_template))
+        .route("/v1/templates/prune", post(prune))
+        .route(
+            "/v1/templates/{id}",
+            get(template).delete(async || StatusCode::NO_CONTENT),
+        )
+        .route("/v1/settings", get(settings))
+        .route("/v1/settings/{key}", get(setting).put(set))
         .route("/v1/purge", post(async || Json(vec!["old"])))
         .route("/v1/operations/{id}", delete(cancel))
         .route("/v1/operations/{id}/events", get(events))
@@ -222,11 +249,22 @@ async fn launch(State(app): State<App>, Json(request): Json<LaunchRequest>) -> R
         .name
         .clone()
         .map_or("calm-cod".to_owned(), String::from);
-    app.script.lock().unwrap().launches.push(request);
+    let mut script = app.script.lock().unwrap();
+    script.launches.push(request);
+    if script.end.is_none() && !script.hang {
+        script.instances.retain(|i| i.name.as_str() != name);
+        script.instances.push(instance(&name, "running"));
+    }
+    drop(script);
     begin(&app, OperationKind::Launch, &name)
 }
 
 fn begin(app: &App, kind: OperationKind, target: &str) -> Response {
+    let operation = new_operation(app, kind, target);
+    (StatusCode::ACCEPTED, Json(operation)).into_response()
+}
+
+fn new_operation(app: &App, kind: OperationKind, target: &str) -> Operation {
     let operation = Operation {
         id: uuid::Uuid::new_v4(),
         kind,
@@ -241,16 +279,89 @@ fn begin(app: &App, kind: OperationKind, target: &str) -> Response {
         ended_at: None,
     };
     app.running.lock().unwrap().push(operation.clone());
-    (StatusCode::ACCEPTED, Json(operation)).into_response()
+    operation
+}
+
+async fn templates(State(app): State<App>) -> Json<Vec<serde_json::Value>> {
+    Json(app.script.lock().unwrap().templates.clone())
+}
+
+async fn create_template(
+    State(app): State<App>,
+    Json(request): Json<serde_json::Value>,
+) -> Response {
+    app.script.lock().unwrap().template_requests.push(request);
+    begin(&app, OperationKind::CreateTemplate, "0123456789abcdef")
+}
+
+async fn template(State(app): State<App>, Path(id): Path<String>) -> Response {
+    let script = app.script.lock().unwrap();
+    match script.templates.iter().find(|t| t["id"] == id) {
+        Some(template) => Json(template).into_response(),
+        None => {
+            let error = Error::new(Code::TemplateNotFound, format!("No template {id}")).into();
+            (StatusCode::NOT_FOUND, Json(ErrorReply { error })).into_response()
+        }
+    }
+}
+
+async fn prune() -> Json<serde_json::Value> {
+    Json(serde_json::json!([{"id": "0123456789abcdef", "freed": 1 << 20}]))
+}
+
+fn setting_json((key, value): &(String, String)) -> serde_json::Value {
+    serde_json::json!({"key": key, "value": value, "values": "anything"})
+}
+
+async fn settings(State(app): State<App>) -> Json<Vec<serde_json::Value>> {
+    let script = app.script.lock().unwrap();
+    Json(script.settings.iter().map(setting_json).collect())
+}
+
+async fn setting(State(app): State<App>, Path(key): Path<String>) -> Response {
+    let script = app.script.lock().unwrap();
+    match script.settings.iter().find(|s| s.0 == key) {
+        Some(setting) => Json(setting_json(setting)).into_response(),
+        None => {
+            let text = format!("There is no setting {key}");
+            let error = Error::new(Code::SettingNotFound, text).into();
+            (StatusCode::NOT_FOUND, Json(ErrorReply { error })).into_response()
+        }
+    }
+}
+
+async fn set(
+    State(app): State<App>,
+    Path(key): Path<String>,
+    Json(request): Json<serde_json::Value>,
+) -> Json<serde_json::Value> {
+    let value = request["value"].as_str().unwrap().to_owned();
+    let mut script = app.script.lock().unwrap();
+    script.settings.retain(|s| s.0 != key);
+    script.settings.push((key.clone(), value.clone()));
+    Json(setting_json(&(key, value)))
 }
 
 async fn work(State(app): State<App>, request: axum::extract::Request) -> Response {
     let path = request.uri().path().to_owned();
+    let (_, body) = request.into_parts();
+    let body = axum::body::to_bytes(body, 1 << 20).await.unwrap();
+    let json = || serde_json::from_slice::<serde_json::Value>(&body).unwrap();
     let mut parts = path.split('/').skip(3);
     let name = parts.next().unwrap_or_default();
     let verb = parts.next().unwrap_or("delete");
     {
         let mut script = app.script.lock().unwrap();
+        if verb == "lease" {
+            // Of an instance that is being launched as well.
+            script.leases.push(json()["seconds"].as_u64().unwrap());
+            return StatusCode::NO_CONTENT.into_response();
+        }
+        if verb == "delete" && script.undeletable {
+            let error = Error::new(Code::Database, "The state can't be written").into();
+            let status = StatusCode::INTERNAL_SERVER_ERROR;
+            return (status, Json(ErrorReply { error })).into_response();
+        }
         let found = script
             .instances
             .iter_mut()
@@ -259,6 +370,14 @@ async fn work(State(app): State<App>, request: axum::extract::Request) -> Respon
             return missing(name);
         };
         match verb {
+            "fork" => {
+                script.forks.push(json());
+                drop(script);
+                let operation = new_operation(&app, OperationKind::Fork, name);
+                let names = [format!("{name}-fork1"), format!("{name}-fork2")];
+                let reply = serde_json::json!({"operation": operation, "names": names});
+                return (StatusCode::ACCEPTED, Json(reply)).into_response();
+            }
             "start" => instance.state = pileus_api::InstanceState::Running,
             "recover" => {
                 instance.deleted = false;
@@ -286,14 +405,11 @@ async fn cancel(State(app): State<App>) -> StatusCode {
 async fn events(State(app): State<App>, Path(id): Path<uuid::Uuid>) -> Response {
     let running = app.running.lock().unwrap().clone();
     let mut operation = running.into_iter().find(|o| o.id == id).unwrap();
-    let (events, end, hang, warnings) = {
+    let (events, end, hang) = {
         let script = app.script.lock().unwrap();
-        (
-            script.events.clone(),
-            script.end.clone(),
-            script.hang,
-            script.warnings.clone(),
-        )
+        operation.warnings = script.warnings.clone();
+        operation.phases = script.phases.clone();
+        (script.events.clone(), script.end.clone(), script.hang)
     };
     let first = stream::iter(events);
     let cancelled = app.cancel.clone();
@@ -308,7 +424,6 @@ async fn events(State(app): State<App>, Path(id): Path<uuid::Uuid>) -> Response 
             };
         }
         operation.error = end;
-        operation.warnings = warnings;
         operation.phase = Some(Phase::Booting);
         OperationEvent::Done {
             operation: Box::new(operation),
@@ -324,13 +439,69 @@ async fn events(State(app): State<App>, Path(id): Path<uuid::Uuid>) -> Response 
 async fn read(
     State(app): State<App>,
     Path((name, verb)): Path<(String, String)>,
+    uri: axum::http::Uri,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Response {
+    let port = request_port(&uri);
     match (verb.as_str(), upgrade) {
+        ("port", Ok(upgrade)) => match tokio::net::TcpStream::connect(("127.0.0.1", port)).await {
+            Ok(stream) => upgrade.on_upgrade(move |socket| carry(socket, stream)),
+            Err(_) => {
+                let error = Error::new(Code::GuestUnreachable, "Nothing listens there").into();
+                (StatusCode::BAD_GATEWAY, Json(ErrorReply { error })).into_response()
+            }
+        },
+        ("identity", _) => {
+            let script = app.script.lock().unwrap();
+            match script.identities.iter().find(|i| i["name"] == name) {
+                Some(identity) => Json(identity).into_response(),
+                None => missing(&name),
+            }
+        }
         ("exec", Ok(upgrade)) => upgrade
             .max_message_size(1 << 20)
             .on_upgrade(move |socket| exec(app, name, socket)),
         _ => app.script.lock().unwrap().log.clone().into_response(),
+    }
+}
+
+fn request_port(uri: &axum::http::Uri) -> u16 {
+    let query = uri.query().unwrap_or_default();
+    let port = query
+        .strip_prefix("port=")
+        .and_then(|port| port.parse().ok());
+    port.unwrap_or_default()
+}
+
+/// A port of the guest, which is one of this host.
+async fn carry(socket: WebSocket, mut stream: tokio::net::TcpStream) {
+    let (mut sink, mut source) = socket.split();
+    let (mut read, mut write) = stream.split();
+    let up = async {
+        while let Some(Ok(message)) = source.next().await {
+            match message {
+                Message::Binary(bytes) if bytes.is_empty() => write.shutdown().await.unwrap(),
+                Message::Binary(bytes) => write.write_all(&bytes).await.unwrap(),
+                _ => return,
+            }
+        }
+    };
+    let down = async {
+        let mut buffer = vec![0; 10_000];
+        loop {
+            let len = read.read(&mut buffer).await.unwrap_or_default();
+            let piece = Bytes::copy_from_slice(&buffer[..len]);
+            if sink.send(Message::Binary(piece)).await.is_err() {
+                return;
+            }
+            if len == 0 {
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    tokio::select! {
+        () = up => {}
+        () = down => {}
     }
 }
 
@@ -347,7 +518,11 @@ async fn exec(app: App, name: String, mut socket: WebSocket) {
         return say(&mut socket, &ExecEvent::Error { error }).await;
     }
     say(&mut socket, &ExecEvent::Started).await;
-    let end = play(&mut socket, &request).await;
+    let end = match request.command.first().map(String::as_str) {
+        // Real ones, in the home.
+        Some("sh") => really(&app, &mut socket, &request).await,
+        _ => play(&mut socket, &request).await,
+    };
     say(&mut socket, &end).await;
     let _ = socket.send(Message::Close(None)).await;
 }
@@ -371,6 +546,52 @@ async fn say(socket: &mut WebSocket, event: &ExecEvent) {
 async fn put(socket: &mut WebSocket, stream: u8, bytes: &[u8]) -> bool {
     let framed: Bytes = [&[stream], bytes].concat().into();
     socket.send(Message::Binary(framed)).await.is_ok()
+}
+
+/// Runs a command on this host, in the folder that stands for the guest's home.
+async fn really(app: &App, socket: &mut WebSocket, request: &ExecRequest) -> ExecEvent {
+    let home = app.script.lock().unwrap().home.clone();
+    let folder = request.working_directory.as_deref().unwrap_or(".");
+    let mut child = tokio::process::Command::new(&request.command[0])
+        .args(&request.command[1..])
+        .envs(&request.env)
+        .env("HOME", &home)
+        .current_dir(home.join(folder))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take();
+    let (mut out, mut err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+    let (mut out_buffer, mut err_buffer) = (vec![0; 60_000], vec![0; 60_000]);
+    let (mut out_open, mut err_open) = (true, true);
+    while out_open || err_open {
+        tokio::select! {
+            len = out.read(&mut out_buffer), if out_open => {
+                let len = len.unwrap_or_default();
+                out_open = len > 0 && put(socket, STDOUT, &out_buffer[..len]).await;
+            }
+            len = err.read(&mut err_buffer), if err_open => {
+                let len = len.unwrap_or_default();
+                err_open = len > 0 && put(socket, STDERR, &err_buffer[..len]).await;
+            }
+            message = socket.recv() => match message {
+                Some(Ok(Message::Binary(bytes))) => {
+                    if let Some(input) = &mut input {
+                        let _ = input.write_all(&bytes).await;
+                    }
+                }
+                Some(Ok(Message::Text(text))) if text.contains("stdin-eof") => input = None,
+                Some(Ok(Message::Text(text))) if text.contains("KILL") => child.kill().await.unwrap(),
+                Some(Ok(_)) => {}
+                _ => return ExecEvent::Exit { code: 255 },
+            }
+        }
+    }
+    let code = child.wait().await.unwrap().code().unwrap_or(137);
+    ExecEvent::Exit { code }
 }
 
 async fn play(socket: &mut WebSocket, request: &ExecRequest) -> ExecEvent {
