@@ -24,6 +24,9 @@ changed=
 put 755 "$dir/agent.py" <<'END-OF-PILEUS-FILE' && changed=1
 @AGENT@
 END-OF-PILEUS-FILE
+put 755 "$dir/clone.py" <<'END-OF-PILEUS-FILE' && changed=1
+@CLONE@
+END-OF-PILEUS-FILE
 put 600 "$etc/agent.json" <<'END-OF-PILEUS-FILE' && changed=1
 @SETTINGS@
 END-OF-PILEUS-FILE

@@ -16,6 +16,7 @@ use super::LOGIN_USER;
 use super::agent::AgentLink;
 use super::exec::{ExecSession, ExecSpec};
 use super::keys::InstanceKeys;
+use super::port::PortStream;
 use super::ssh::{Access, SshPool};
 use crate::qemu::Paths;
 use crate::qemu::spec::{SSH_PORTS, ssh_port};
@@ -77,6 +78,11 @@ impl Guest {
     /// Runs a command or a shell.
     pub async fn exec(&self, spec: &ExecSpec) -> Result<ExecSession> {
         self.way().await?.exec(spec).await
+    }
+
+    /// Connects to a TCP port on the guest's loopback.
+    pub async fn port(&self, port: u16) -> Result<PortStream> {
+        self.way().await?.port(port).await
     }
 
     /// Opens the first connection ahead of the first command; failing is no matter.

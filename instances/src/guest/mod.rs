@@ -10,13 +10,17 @@
 //! the instance's own keys ([`keys`]). The user's own cloud-init text is only checked ([`cloud_init`]),
 //! never rewritten. Everything that comes from a guest is hostile until parsed by [`wire`].
 //!
-//! Next step on the way of the data: the guest itself, `agent.py`.
+//! A template's guest is made quiet and its clones become somebody by requests of [`clone`].
+//!
+//! Next step on the way of the data: the guest itself, `agent/channel.py`.
 
 pub mod agent;
+pub mod clone;
 pub mod cloud_init;
 pub mod exec;
 pub mod handle;
 pub mod keys;
+pub mod port;
 pub mod quote;
 pub mod seed;
 pub mod ssh;

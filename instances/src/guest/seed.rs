@@ -5,7 +5,7 @@
 //! The agent comes as a `cloud-boothook` part, not as `write_files` and `runcmd`: those lists would be
 //! replaced by the user's own. The image holds private keys; the caller keeps it 0600.
 //!
-//! Next: QEMU attaches the image (`instances/src/qemu/`), `agent.py` wakes up in the guest.
+//! Next: QEMU attaches the image (`instances/src/qemu/`), `agent/` wakes up in the guest.
 
 use std::io::Cursor;
 
@@ -15,13 +15,32 @@ use hadris_iso::write::options::{CreationFeatures, IsoFormatOptions};
 use hadris_iso::write::{InputEntry, InputTree, IsoImageWriter};
 use pileus_base::{Code, Error, Result};
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
 use super::LOGIN_USER;
 use super::keys::InstanceKeys;
 
-/// The agent as it is put in every guest.
-pub const AGENT_PY: &str = include_str!("agent.py");
+/// The agent as it is put in every guest: its files made one.
+pub const AGENT_PY: &str = concat!(
+    include_str!("agent/channel.py"),
+    include_str!("agent/reports.py"),
+    include_str!("agent/cloud.py"),
+    include_str!("agent/ssh.py"),
+    include_str!("agent/loop.py"),
+);
+/// What only templates and clones need of it; the agent loads it when it is first asked for it.
+pub const CLONE_PY: &str = concat!(
+    include_str!("agent/quiesce.py"),
+    include_str!("agent/identify.py"),
+    include_str!("agent/identity.py"),
+);
 const BOOTHOOK: &str = include_str!("boothook.sh");
+/// Every seed has this size, so that a clone's can take the place of its template's under a running
+/// guest. A larger one ([`fits_a_clone`]) can only be booted with.
+pub const SEED_SIZE: usize = 1 << 20;
+/// The instance-id and the host name of every template; no instance has them.
+pub const TEMPLATE_INSTANCE: &str = "pileus-template-instance";
+pub const TEMPLATE_HOSTNAME: &str = "pileus-template";
 const BOUNDARY: &str = "=-pileus-part-=";
 
 /// A network card as cloud-init shall set it up: by its MAC address, with DHCP.
@@ -49,7 +68,37 @@ pub struct SeedSpec<'a> {
     pub timezone: Option<&'a str>,
 }
 
-/// Builds the image.
+impl<'a> SeedSpec<'a> {
+    /// For a template: no card, no user data, and keys that are thrown away with it.
+    pub fn template(keys: &'a InstanceKeys) -> Self {
+        Self {
+            instance_id: TEMPLATE_INSTANCE,
+            hostname: TEMPLATE_HOSTNAME,
+            user_data: None,
+            nics: &[],
+            keys,
+            timezone: None,
+        }
+    }
+}
+
+/// SHA-256 in hexadecimal of all that a seed brings into a guest beside what is the instance's own.
+/// A template made with another one is of no use.
+pub fn agent_digest() -> String {
+    let mut hash = Sha256::new();
+    for text in [AGENT_PY, CLONE_PY, BOOTHOOK] {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text);
+    }
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Whether a seed can take the place of a template's.
+pub fn fits_a_clone(seed: &[u8]) -> bool {
+    seed.len() == SEED_SIZE
+}
+
+/// Builds the image, of [`SEED_SIZE`] or larger if the user data needs it.
 pub fn build(spec: &SeedSpec<'_>) -> Result<Vec<u8>> {
     let user_data = spec.user_data.unwrap_or(b"#cloud-config\n{}\n");
     let mut entries = vec![
@@ -81,9 +130,13 @@ fn write_iso(entries: Vec<InputEntry>) -> Result<Vec<u8>> {
         },
     };
     let tree = InputTree::new(PathSeparator::ForwardSlash, entries);
-    IsoImageWriter::create(Cursor::new(Vec::new()), tree, options)
+    let mut image = IsoImageWriter::create(Cursor::new(Vec::new()), tree, options)
         .map(Cursor::into_inner)
-        .map_err(|err| Error::internal(format!("The seed disk can't be written: {err}")))
+        .map_err(|err| Error::internal(format!("The seed disk can't be written: {err}")))?;
+    if image.len() < SEED_SIZE {
+        image.resize(SEED_SIZE, 0);
+    }
+    Ok(image)
 }
 
 fn meta_data(spec: &SeedSpec<'_>) -> Result<String> {
@@ -106,12 +159,15 @@ fn network_config(spec: &SeedSpec<'_>) -> Result<String> {
             // By MAC: clones have the same machine-id until they are given their own.
             "dhcp-identifier": "mac",
         });
+        // The name is in the meta-data already; asking hostnamed to set it again costs its start.
+        let mut overrides = json!({ "use-hostname": false });
         if nic.optional {
             card["optional"] = true.into();
         }
         if index > 0 {
-            card["dhcp4-overrides"] = json!({ "route-metric": 200 });
+            overrides["route-metric"] = 200.into();
         }
+        card["dhcp4-overrides"] = overrides;
         ethernets.insert(name, card);
     }
     json_text(&json!({ "version": 2, "ethernets": ethernets }))
@@ -154,6 +210,7 @@ fn boothook(spec: &SeedSpec<'_>) -> Result<String> {
     let mut script = BOOTHOOK.to_owned();
     for (mark, text) in [
         ("@AGENT@", AGENT_PY),
+        ("@CLONE@", CLONE_PY),
         ("@SETTINGS@", &json_text(&settings)?),
         ("@HOST_KEY@", &spec.keys.host_private_text()?),
         ("@AUTHORIZED@", &spec.keys.client_public_line()?),

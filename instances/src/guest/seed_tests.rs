@@ -63,7 +63,7 @@ fn the_image_holds_every_document() {
     assert_eq!(
         net["ethernets"]["eth0"],
         json!({"match": {"macaddress": "52:54:00:ab:cd:01"}, "set-name": "eth0", "dhcp4": true,
-               "dhcp-identifier": "mac"})
+               "dhcp-identifier": "mac", "dhcp4-overrides": {"use-hostname": false}})
     );
     assert_eq!(net["ethernets"]["eth1"]["optional"], true);
     assert_eq!(
@@ -144,6 +144,7 @@ fn the_boot_hook_installs_what_it_carries() {
     let hook = boothook(&spec(&keys))
         .unwrap()
         .replace(AGENT_PY.trim_end(), "open(__file__ + '.ran', 'w')")
+        .replace(CLONE_PY.trim_end(), "")
         .replace("/usr/local/lib/pileus", &format!("{root}/lib"))
         .replace("/etc/pileus", &format!("{root}/etc"))
         .replace("/run/systemd/system", &format!("{root}/no-systemd"))

@@ -161,17 +161,43 @@ impl SshPool {
         self.connection().await.map(|_| ())
     }
 
-    /// A new session channel, for a command, a shell or a subsystem. A connection that broke since it
-    /// was last used is made anew once.
+    /// A new session channel, for a command, a shell or a subsystem.
     pub async fn channel(&self) -> Result<(Channel<Msg>, Arc<Connection>)> {
+        self.open(None).await
+    }
+
+    /// A new channel to a TCP port on the guest's loopback (`port.rs`).
+    pub(super) async fn port_channel(&self, port: u16) -> Result<(Channel<Msg>, Arc<Connection>)> {
+        self.open(Some(port)).await
+    }
+
+    /// Opens a channel. A connection that broke since it was last used is made anew once.
+    async fn open(&self, port: Option<u16>) -> Result<(Channel<Msg>, Arc<Connection>)> {
         let mut again = true;
         loop {
             let connection = self.connection().await?;
-            let opened = timeout(OPEN_BOUND, connection.handle.channel_open_session()).await;
-            let err = match opened {
-                Ok(Ok(channel)) => return Ok((channel, connection)),
-                Ok(Err(err)) => unreachable_guest("The guest opened no session", err),
-                Err(_) => late("open a session", OPEN_BOUND),
+            let open = async {
+                let handle = &connection.handle;
+                match port {
+                    None => handle.channel_open_session().await,
+                    // The name stands for both 127.0.0.1 and ::1.
+                    Some(port) => {
+                        let to = ("localhost", u32::from(port));
+                        handle
+                            .channel_open_direct_tcpip(to.0, to.1, "127.0.0.1", 0)
+                            .await
+                    }
+                }
+            };
+            let err = match (timeout(OPEN_BOUND, open).await, port) {
+                (Ok(Ok(channel)), _) => return Ok((channel, connection)),
+                (Ok(Err(err)), None) => unreachable_guest("The guest opened no session", err),
+                (Ok(Err(err)), Some(port)) => unreachable_guest(
+                    &format!("Nothing in the guest takes connections on port {port}"),
+                    err,
+                ),
+                (Err(_), None) => late("open a session", OPEN_BOUND),
+                (Err(_), Some(_)) => late("connect to the port", OPEN_BOUND),
             };
             // A refusal (too many sessions) is an answer; only a broken connection is made anew.
             if !again || connection.is_open() {

@@ -384,3 +384,102 @@ fn a_foreign_key_is_pinned_at_first_use() {
     std::fs::write(&file, "nonsense").unwrap();
     assert!(Pin::from_file(ours, &file).is_err());
 }
+
+/// A server on the loopback that answers each connection with `serve`.
+async fn server<F>(serve: impl Fn(tokio::net::TcpStream) -> F + Send + 'static) -> u16
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(serve(stream));
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ports_carry_bytes_and_each_end_by_itself() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    // Reads to the end, then answers: needs an end of one direction only.
+    let port = server(async |mut stream| {
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).await.unwrap();
+        let answer = format!("{} bytes", all.len());
+        stream.write_all(answer.as_bytes()).await.unwrap();
+    })
+    .await;
+    let mut stream = guest.pool.port(port).await.unwrap();
+    for _ in 0..100 {
+        let piece = Bytes::from(vec![7; 50_000]);
+        stream.to_guest.send(piece).await.unwrap();
+    }
+    drop(stream.to_guest);
+    let mut answer = Vec::new();
+    while let Some(piece) = stream.from_guest.recv().await {
+        answer.extend_from_slice(&piece);
+    }
+    assert_eq!(text(&answer), "5000000 bytes");
+
+    // The guest's end comes first, and the other direction still works.
+    let (heard_in, mut heard) = tokio::sync::mpsc::channel(1);
+    let port = server(move |mut stream| {
+        let heard_in = heard_in.clone();
+        async move {
+            stream.write_all(b"bye").await.unwrap();
+            stream.shutdown().await.unwrap();
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all).await.unwrap();
+            heard_in.send(all).await.unwrap();
+        }
+    })
+    .await;
+    let mut stream = guest.pool.port(port).await.unwrap();
+    assert_eq!(stream.from_guest.recv().await.unwrap(), "bye");
+    assert!(stream.from_guest.recv().await.is_none());
+    stream.to_guest.send("late".into()).await.unwrap();
+    drop(stream.to_guest);
+    assert_eq!(timeout(SOON, heard.recv()).await.unwrap().unwrap(), b"late");
+
+    // A port where nobody listens is an answer, and the connection lives on.
+    let err = guest.pool.port(1).await.unwrap_err();
+    assert_eq!(err.code, Code::GuestUnreachable);
+    assert!(err.message.contains("port 1"), "{err}");
+    assert_eq!(guest.run(&["exit", "4"]).await.code, Some(4));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_whose_reader_sleeps_stops_nobody_else() {
+    use tokio::io::AsyncWriteExt;
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    const LEN: usize = 32 << 20;
+    let port = server(async |mut stream| {
+        let piece = vec![1; 1 << 20];
+        for _ in 0..LEN >> 20 {
+            if stream.write_all(&piece).await.is_err() {
+                return;
+            }
+        }
+    })
+    .await;
+    let mut slow = guest.pool.port(port).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    // The other slot serves this one.
+    assert_eq!(guest.run(&["exit", "5"]).await.code, Some(5));
+    let mut len = 0;
+    while let Some(piece) = timeout(SOON, slow.from_guest.recv()).await.unwrap() {
+        len += piece.len();
+    }
+    assert_eq!(len, LEN);
+    // One that is dropped in the middle ends in the guest as well.
+    let gone = guest.pool.port(port).await.unwrap();
+    drop(gone.from_guest);
+    assert_eq!(guest.run(&["exit", "6"]).await.code, Some(6));
+}

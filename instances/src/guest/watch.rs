@@ -37,11 +37,14 @@ async fn watch_agent(guest: Guest, events: mpsc::Sender<GuestEvent>) {
     let mut release = String::new();
     // What was told before this began counts as well.
     hello.mark_changed();
+    cloud_init.mark_changed();
     loop {
         let event = tokio::select! {
             biased;
             () = events.closed() => return,
             Ok(()) = hello.changed() => match hello.borrow_and_update().as_ref() {
+                // A clone that has no identity yet is not up.
+                Some(hello) if hello.template => continue,
                 Some(hello) => {
                     release.clone_from(&hello.os);
                     GuestEvent::Up

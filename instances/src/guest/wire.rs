@@ -62,6 +62,9 @@ pub struct Hello {
     /// The instance-id of the seed that installed this agent.
     #[serde(default, deserialize_with = "text")]
     pub instance: String,
+    /// A template's guest at rest, or a clone that is nobody yet: not a sign of life of an instance.
+    #[serde(default)]
+    pub template: bool,
 }
 
 /// How far cloud-init is, by its own files.

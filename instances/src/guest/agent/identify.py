@@ -1,0 +1,356 @@
+
+
+# ---- identify ------------------------------------------------------------------------------------
+# A clone becomes itself: in this order, so that nothing is reachable before it is unique. No program is
+# started on the way: with code that is translated anew in each clone, each would cost a tenth of a second.
+
+RNDADDENTROPY, RNDRESEEDCRNG, BLKFLSBUF = 0x40085203, 0x5207, 0x1261
+NETWORK_BOUND = 20.0
+HOOK_BOUND = 60.0
+# When the first command has had its time, the rest follows.
+SETTLE_AFTER = 1.0
+TIMERS_AFTER = 20.0
+
+
+class Steps:
+    """Names and milliseconds of what was done."""
+
+    def __init__(self):
+        self.done = []
+        self.at = time.monotonic()
+
+    def mark(self, name):
+        now = time.monotonic()
+        self.done.append([name, round((now - self.at) * 1000)])
+        self.at = now
+
+
+def reseed(entropy):
+    """The host's bytes into the kernel's generator, which then makes a new key."""
+    if len(entropy) < 32:
+        raise RuntimeError("too little entropy")
+    fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
+        fcntl.ioctl(fd, RNDRESEEDCRNG)
+    finally:
+        os.close(fd)
+
+
+def syscall(result, what):
+    if result != 0:
+        raise OSError(ctypes.get_errno(), "%s: %s" % (what, os.strerror(ctypes.get_errno())))
+
+
+def new_boot_id():
+    """The kernel's own can't be changed, so another file lies over it."""
+    file = "/run/pileus/boot_id"
+    while libc.umount2(BOOT_ID.encode(), MNT_DETACH) == 0:
+        pass
+    text = read_text("/proc/sys/kernel/random/uuid")
+    put(file, text, 0o444)
+    syscall(libc.mount(file.encode(), BOOT_ID.encode(), None, MS_BIND, None), "mount")
+
+
+def set_machine_id(text):
+    if not re.match(r"^[0-9a-f]{32}$", text):
+        raise RuntimeError("not a machine id")
+    put(MACHINE_ID, text + "\n", 0o444)
+    dbus = "/var/lib/dbus/machine-id"
+    if os.path.isfile(dbus) and not os.path.islink(dbus):
+        put(dbus, text + "\n", 0o644)
+
+
+def set_hostname(old, name):
+    if not re.match(r"^[A-Za-z0-9]([A-Za-z0-9-]{0,62}[A-Za-z0-9])?$", name):
+        raise RuntimeError("not a host name")
+    socket.sethostname(name)
+    put("/etc/hostname", name + "\n")
+    word = re.compile(r"(?<![\w.-])%s(?![\w-])" % re.escape(old))
+    for path in ("/etc/hosts", CLOUD_LIB + "/data/previous-hostname", CLOUD_LIB + "/data/set-hostname"):
+        text = read_text(path)
+        if text:
+            put(path, word.sub(name, text))
+
+
+class Change:
+    """From the old identity's values to the new one's."""
+
+    def __init__(self, old, request, settings):
+        self.pattern = old.pattern()
+        self.authorized = [str(k).strip() for k in request["authorized"]]
+        if any("\n" in k for k in self.authorized) or not self.authorized:
+            raise RuntimeError("a key is one line")
+        self.new = {old.instance: settings["instance"], old.host_public: request["host_public"].strip()}
+        self.clients = set(old.client)
+        for line in old.client:
+            self.new[line] = self.authorized[0]
+        lines = [l for l in old.host_key.splitlines() if len(l) > 12 and "----" not in l]
+        fresh = [l for l in request["host_key"].splitlines() if len(l) > 12 and "----" not in l]
+        if len(lines) == len(fresh):
+            self.new.update(zip(lines, fresh))
+        self.rename = (old.hostname, request["hostname"]) if request.get("mode") != "full" else None
+
+    def text(self, text):
+        text = self.pattern.sub(lambda m: self.new.get(m.group(), ""), text)
+        return text.replace(*self.rename) if self.rename else text
+
+    def keys(self, text):
+        """A list of keys: each line with an old key becomes one for each new key."""
+        out = []
+        for line in text.splitlines():
+            mine = next((key for key in self.clients if key in line), None)
+            out += [line.replace(mine, key) for key in self.authorized] if mine else [line]
+        return "".join(line + "\n" for line in out)
+
+
+def write_keys(agent, old, change, request):
+    """Host keys and who may log in: for pileus's own sshd, and for the system's as a cold boot leaves them."""
+    etc = agent.paths.etc
+    put(etc + "/ssh_host_ed25519_key", request["host_key"], 0o600)
+    put(etc + "/authorized_keys", "".join(k + "\n" for k in change.authorized))
+    for path, (text, (mode, owner)) in old.files.items():
+        if path.endswith("authorized_keys") and not path.startswith(etc):
+            put(path, change.keys(text), mode, owner)
+    if os.path.isdir("/etc/ssh"):
+        remove("/etc/ssh/ssh_host_*")
+        put("/etc/ssh/ssh_host_ed25519_key", request["host_key"], 0o600)
+        put("/etc/ssh/ssh_host_ed25519_key.pub", request["host_public"].strip() + "\n")
+
+
+def write_cloud_init(old, change):
+    """cloud-init's own record of who this is: a later cold boot with this instance's seed finds it done."""
+    was, now = old.instance, change.new[old.instance]
+    home = CLOUD_LIB + "/instances/"
+    if os.path.isdir(home + was):
+        os.rename(home + was, home + now)
+        link = CLOUD_LIB + "/instance"
+        remove(link)
+        os.symlink(home + now, link)
+    for path, (text, (mode, owner)) in old.files.items():
+        if path.startswith((CLOUD_LIB, CLOUD_RUN)):
+            put(path.replace(home + was, home + now), change.text(text), mode, owner)
+    for path, (parts, (mode, owner)) in old.pickles.items():
+        put(path.replace(home + was, home + now), pickle_join(parts, change.text), mode, owner)
+
+
+def write_network(nic, instance):
+    mac = nic["mac"].lower()
+    if not re.match(r"^([0-9a-f]{2}:){5}[0-9a-f]{2}$", mac):
+        raise RuntimeError("not a MAC address")
+    network_files(NETWORKD_RUN, "PermanentMACAddress=" + mac)
+    if os.path.isdir(os.path.dirname(NETPLAN)):
+        put(NETPLAN, "network:\n  version: 2\n  ethernets:\n    eth0:\n      match:\n"
+            "        macaddress: \"%s\"\n      dhcp-identifier: \"mac\"\n      dhcp4: true\n"
+            "      set-name: \"eth0\"\n" % mac, 0o600)
+    config = {"version": 2, "ethernets": {"eth0": {"match": {"macaddress": mac}, "set-name": "eth0",
+                                                   "dhcp4": True, "dhcp-identifier": "mac"}}}
+    folder = CLOUD_LIB + "/instances/" + instance
+    if os.path.isdir(folder):
+        put(folder + "/network-config.json",
+            json.dumps(config, indent=1, sort_keys=True, separators=(",", ": ")), 0o600)
+
+
+def run_hooks(request):
+    """What the guest's owner wants to be done in each clone, before anybody can reach it."""
+    try:
+        names = sorted(os.listdir(HOOKS))
+    except OSError:
+        return
+    environment = dict(os.environ, PILEUS_INSTANCE=str(request["instance"]),
+                       PILEUS_HOSTNAME=request["hostname"], PILEUS_MODE=request.get("mode", "warm"))
+    environment.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    for name in names:
+        path = os.path.join(HOOKS, name)
+        if not os.path.isfile(path) or not os.access(path, os.X_OK) or name.startswith("."):
+            continue
+        try:
+            done = subprocess.run([path], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, env=environment, cwd="/", timeout=HOOK_BOUND)
+        except (OSError, subprocess.SubprocessError) as err:
+            raise RuntimeError("the hook %s failed: %s" % (path, err))
+        if done.returncode != 0:
+            text = done.stdout.decode("utf-8", "replace").strip()
+            raise RuntimeError("the hook %s ended with %d: %s" % (path, done.returncode, short(text, 300)))
+
+
+RTM_NEWROUTE_GROUPS = RTMGRP_IPV4_IFADDR | 0x40 | 0x1
+
+
+class Network:
+    """Watches, from before the card is let in, until it has its address, route and resolver."""
+
+    def __init__(self):
+        self.sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        self.sock.bind((0, RTM_NEWROUTE_GROUPS))
+        self.sock.setblocking(False)
+
+    @staticmethod
+    def ready(nic):
+        found = [i for i in addresses() if i["mac"] == nic["mac"].lower()]
+        if not found:
+            return "card"
+        if nic["address"] not in found[0]["addresses"]:
+            return "address"
+        gateway = nic.get("gateway")
+        if gateway:
+            want = "%s\t00000000\t%08X\t" % (found[0]["name"], struct.unpack("<I", socket.inet_aton(gateway))[0])
+            if want not in read_text("/proc/net/route"):
+                return "route"
+        dns = nic.get("dns")
+        if dns and os.path.isdir("/run/systemd/resolve") and \
+                "nameserver %s\n" % dns not in read_text("/run/systemd/resolve/resolv.conf"):
+            return "resolver"
+        return ""
+
+    def wait(self, nic, steps, bound=NETWORK_BOUND):
+        deadline = time.monotonic() + bound
+        poller = select.poll()
+        poller.register(self.sock.fileno(), select.POLLIN)
+        missing = "card"
+        while True:
+            now = self.ready(nic)
+            if now != missing:
+                steps.mark("network: " + missing)
+                missing = now
+            if not now:
+                self.sock.close()
+                return
+            if time.monotonic() > deadline:
+                raise RuntimeError("the network card got no %s within %d s" % (missing, bound))
+            poller.poll(20 if missing == "resolver" else 100)
+            Agent.empty(lambda: self.sock.recv(65536))
+
+
+def flush_seed():
+    """The seed disk was exchanged under the guest: what it has in mind of it is the template's."""
+    try:
+        fd = os.open("/dev/vdb", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.ioctl(fd, BLKFLSBUF)
+    finally:
+        os.close(fd)
+
+
+def grow_root():
+    """The disk became larger: the partition of / and its file system follow, as cloud-init does it."""
+    source = next((l.split()[0] for l in read_text("/proc/mounts").splitlines() if l.split()[1:2] == ["/"]), "")
+    match = re.match(r"^/dev/([a-z]+)(\d+)$", source)
+    if not match:
+        raise RuntimeError("the root file system lies on %s, which can't be grown" % short(source, 60))
+    done = subprocess.run(["growpart", "/dev/" + match.group(1), match.group(2)], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    text = done.stdout.decode("utf-8", "replace")
+    if done.returncode != 0 and "NOCHANGE" not in text:
+        raise RuntimeError("growpart: " + short(text.strip(), 300))
+    run(["resize2fs", source])
+
+
+def identify(agent, request):
+    """Makes this clone the machine that the request describes. Returns [[step, milliseconds]]."""
+    steps = Steps()
+    full = request.get("mode") == "full"
+    reseed(bytes.fromhex(request["entropy"]))
+    time.clock_settime(time.CLOCK_REALTIME, float(request["time"]))
+    steps.mark("random and clock")
+    os.makedirs("/run/pileus", mode=0o755, exist_ok=True)
+    quiet = agent.quiet
+    if quiet is None:
+        quiet = Quiet()
+        quiet.old = Old(agent.paths, agent.settings)
+        quiet.old.collect()
+        steps.mark("collect")
+    old = quiet.old
+    settings = dict(agent.settings, instance=str(request["instance"]))
+    for key in ("user", "uid", "timezone"):
+        if request.get(key):
+            settings[key] = request[key]
+    change = Change(old, request, settings)
+    set_machine_id(request["machine_id"])
+    new_boot_id()
+    set_hostname(old.hostname, request["hostname"])
+    steps.mark("ids and names")
+    put(agent.paths.etc + "/agent.json", json.dumps(settings, sort_keys=True) + "\n", 0o600)
+    agent.settings = settings
+    write_keys(agent, old, change, request)
+    steps.mark("keys")
+    write_cloud_init(old, change)
+    steps.mark("cloud-init's record")
+    nic = request.get("nic")
+    network = None
+    if nic:
+        write_network(nic, settings["instance"])
+        network = Network()
+    put(GENERATION, "%s %s\n" % (settings["instance"], request["machine_id"]))
+    flush_seed()
+    agent.set_timezone()
+    steps.mark("network's files")
+    run_hooks(request)
+    steps.mark("hooks")
+    if full:
+        restart_all(agent, steps)
+    else:
+        send_signal(quiet.stopped.get("sshd", 0), signal.SIGHUP)
+        for pid in (quiet.stopped.get("networkd", 0),):
+            send_signal(pid, signal.SIGCONT)
+    if request.get("grow"):
+        grow_root()
+        steps.mark("grow")
+    if network:
+        network.wait(nic, steps)
+    agent.quiet = None
+    return {"steps": steps.done}, lambda: settle(agent, quiet, full)
+
+
+def settle(agent, quiet, full):
+    """What nobody waits for."""
+    agent.greet()
+    time.sleep(SETTLE_AFTER)
+    if not full:
+        # The one with the template's id has done nothing since; its successor reads what waits for it.
+        send_signal(quiet.stopped.get("journald", 0), signal.SIGKILL)
+        send_signal(quiet.stopped.get("sshd", 0), signal.SIGCONT)
+    os.sync()
+    if quiet.timers:
+        time.sleep(TIMERS_AFTER)
+        for path in glob.glob(TIMER_STAMPS + "/stamp-*"):
+            attempt(os.utime, path)
+        attempt(run, ["systemctl", "--no-block", "start", *quiet.timers])
+
+
+def restart_all(agent, steps):
+    """A fork of a running guest: those who cached something are started anew, one by one."""
+    run(["systemctl", "daemon-reexec"])
+    steps.mark("PID 1")
+    run(["systemctl", "restart", JOURNALD, NETWORKD])
+    for unit in SSHD_UNITS:
+        if main_pid(unit):
+            run(["systemctl", "--no-block", "restart", unit])
+            break
+    steps.mark("services")
+
+
+def rehearse(agent, quiet):
+    """Everything that identify calls is called once, or as far as it does no harm: what Python and the
+    kernel have to load or to make is then made."""
+    os.makedirs("/run/pileus", mode=0o755, exist_ok=True)
+    request = {"authorized": ["ssh-ed25519 x"], "host_public": "ssh-ed25519 y", "hostname": "x",
+               "host_key": quiet.old.host_key}
+    change = Change(quiet.old, request, {"instance": "x"})
+    for text, _ in quiet.old.files.values():
+        change.text(text)
+        change.keys(text)
+    for parts, _ in quiet.old.pickles.values():
+        pickle_join(parts, change.text)
+    attempt(new_boot_id)
+    libc.umount2(BOOT_ID.encode(), MNT_DETACH)
+    flush_seed()
+    network = Network()
+    network.ready({"mac": "x", "address": "y"})
+    network.sock.close()
+    report()
+    agent.hello()
+    cloud_init_state(agent.paths.cloud)
+    json.loads(json.dumps(request))
