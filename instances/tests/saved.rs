@@ -375,11 +375,16 @@ async fn a_running_machine_is_forked() {
     let (old, new) = (machine.spec.disk.layers[0].clone(), own("new.qcow2"));
     layer_on(&new, &old);
 
-    vm.pause().await.unwrap();
-    vm.snapshot_disk(&new).await.unwrap();
-    let stream = vm.save_all(new_file(&own("all"))).await.unwrap();
+    // A fault on the way leaves the machine running on the disk that it had.
+    let bad = vm.freeze(&own("none"), new_file(&own("vain"))).await;
+    assert_eq!(bad.unwrap_err().code, Code::Io);
+    assert_eq!(vm.status().await.unwrap(), PowerState::Running);
+    assert_eq!(vm.layers_added().await.unwrap(), 0);
+
+    let (stream, halted) = vm.freeze(&new, new_file(&own("all"))).await.unwrap();
+    assert!(halted < Duration::from_secs(5), "{halted:?}");
     assert_eq!(stream == Stream::Mapped, qemu.version >= (9, 0, 0));
-    vm.resume().await.unwrap();
+    assert_eq!(vm.layers_added().await.unwrap(), 1);
     assert_eq!(vm.status().await.unwrap(), PowerState::Running);
     write(&vm, 0xb0, 0x40000).await;
 
@@ -504,4 +509,103 @@ fn a_machine_that_ends_with_the_daemon_outlives_the_thread_that_asked_for_it() {
         let (vm, _) = Vm::adopt(process, &machine.spec.paths).await.unwrap();
         vm.quit().await.unwrap();
     });
+}
+
+async fn timed<T>(work: impl Future<Output = T>) -> (T, f64) {
+    let begun = Instant::now();
+    let done = work.await;
+    (done, begun.elapsed().as_secs_f64() * 1000.0)
+}
+
+fn median(mut of: Vec<f64>) -> String {
+    of.sort_by(f64::total_cmp);
+    format!("{:.1} ms (worst {:.1})", of[of.len() / 2], of[of.len() - 1])
+}
+
+/// `cargo test -p pileus-instances --test saved figures -- --ignored --nocapture`
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "prints figures, proves nothing"]
+async fn figures() {
+    let qemu = qemu_or_skip!("figures");
+    let template = Template::make(&qemu).await;
+    for (what, who) in [("our own user", None), ("a user of its own", user(1))] {
+        for incoming in [false, true] {
+            let (mut starts, mut restores, mut saves) = (vec![], vec![], vec![]);
+            for _ in 0..10 {
+                let mut spec = template.clone_spec(0);
+                let folder = spec.paths.console_log.parent().unwrap().to_owned();
+                spec.incoming = incoming;
+                let (started, ms) = timed(Vm::start(&qemu, &spec, None, who.clone())).await;
+                starts.push(ms);
+                let vm = started.unwrap().0;
+                if incoming {
+                    let ready = template.folder.open_checked(&template.key).unwrap();
+                    restores.push(timed(vm.restore(ready.state)).await.1);
+                    let state = new_file(&folder.join("state"));
+                    saves.push(timed(vm.save_devices(state)).await.1);
+                }
+                vm.quit().await.unwrap();
+                std::fs::remove_dir_all(folder).unwrap();
+            }
+            println!("{what}: start to greeting {}", median(starts));
+            if incoming {
+                let (restores, saves) = (median(restores), median(saves));
+                println!("{what}: restore {restores}, save {saves}");
+            }
+        }
+    }
+    let checks = (0..10).map(|_| {
+        let begun = Instant::now();
+        template.folder.open_checked(&template.key).unwrap();
+        begun.elapsed().as_secs_f64() * 1000.0
+    });
+    println!("open_checked {}", median(checks.collect()));
+    for touched in [256_u64, 1024] {
+        fork_figures(&qemu, touched).await;
+    }
+}
+
+/// A guest that has touched its memory is made by giving it a file that is full.
+async fn fork_figures(qemu: &Qemu, touched: u64) {
+    let mut machine = Machine::new(qemu);
+    let own = |name: &str| machine.folder.path().join(name);
+    machine.spec.memory = Size::gib(2);
+    let ram = own("ram");
+    let mut file = new_file(&ram);
+    let mut noise = std::fs::File::open("/dev/urandom").unwrap();
+    std::io::copy(
+        &mut std::io::Read::take(&mut noise, touched << 20),
+        &mut file,
+    )
+    .unwrap();
+    file.set_len(machine.spec.ram_bytes()).unwrap();
+    machine.spec.ram = Memory::CopyOnWrite(ram);
+    let (vm, _) = start(qemu, &machine).await;
+    let layer = own("new.qcow2");
+    layer_on(&layer, &machine.spec.disk.layers[0]);
+    let (frozen, freeze) = timed(vm.freeze(&layer, new_file(&own("live")))).await;
+    let (_, halted) = frozen.unwrap();
+    vm.pause().await.unwrap();
+    let next = own("next.qcow2");
+    layer_on(&next, &layer);
+    let (_, snapshot) = timed(vm.snapshot_disk(&next)).await;
+    let all = own("all");
+    let (stream, save) = timed(vm.save_all(new_file(&all))).await;
+    let (_, resume) = timed(vm.resume()).await;
+    vm.quit().await.unwrap();
+    let mut spec = machine.spec.clone();
+    spec.ram = Memory::Private;
+    spec.incoming = true;
+    spec.disk.layers.extend([layer, next]);
+    let (vm, _) = Vm::start(qemu, &spec, None, None).await.unwrap();
+    let saved = File::open(&all).unwrap();
+    let (restored, restore) = timed(vm.restore_all(saved, stream.unwrap())).await;
+    restored.unwrap();
+    vm.quit().await.unwrap();
+    println!("{touched} MiB touched, running: {freeze:.0} ms, of which halted {halted:?}");
+    println!(
+        "{touched} MiB touched, halted: snapshot {snapshot:.1} ms, save {save:.0} ms, resume \
+         {resume:.1} ms, restore {restore:.0} ms; file {} MiB",
+        files::allocated(&all) >> 20
+    );
 }

@@ -299,6 +299,8 @@ impl Command for MigrateSetCapabilities {
 pub struct MigrateSetParameters {
     /// Bytes a second.
     pub max_bandwidth: u64,
+    /// In milliseconds: how long the rest of a running machine's memory may take when it is halted.
+    pub downtime_limit: u64,
 }
 
 impl Command for MigrateSetParameters {
@@ -364,5 +366,17 @@ pub struct BlockdevSetActive {
 
 impl Command for BlockdevSetActive {
     const NAME: &'static str = "blockdev-set-active";
+    type Reply = IgnoredAny;
+}
+
+/// Goes on after the pause that the capability `pause-before-switchover` makes.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct MigrateContinue {
+    /// The state that it pauses in.
+    pub state: &'static str,
+}
+
+impl Command for MigrateContinue {
+    const NAME: &'static str = "migrate-continue";
     type Reply = IgnoredAny;
 }

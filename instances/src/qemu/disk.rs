@@ -86,6 +86,11 @@ impl Vm {
         file.strip_prefix("/dev/fdset/")?.parse().ok()
     }
 
+    /// How many layers were put on top since the machine was started.
+    pub async fn layers_added(&self) -> Result<u32> {
+        number_of(&self.top().await?.node)
+    }
+
     async fn top(&self) -> Result<Top> {
         let blocks = self.client().run(&QueryBlock {}).await?;
         parse_top(&blocks).ok_or_else(|| {
@@ -179,15 +184,17 @@ fn size_of(nodes: &[Value], name: &str) -> Option<u64> {
     node.pointer("/image/virtual-size")?.as_u64()
 }
 
-fn name_after(top: &str) -> Result<String> {
+fn number_of(top: &str) -> Result<u32> {
     let number = match top.strip_prefix(FIRST) {
         Some("") => Some(0),
         Some(number) => number.parse::<u32>().ok(),
         None => None,
     };
-    let next = number.and_then(|number| number.checked_add(1));
-    let next = next.ok_or_else(|| Error::internal(format!("The disk's top is called {top:?}")))?;
-    Ok(format!("{FIRST}{next}"))
+    number.ok_or_else(|| Error::internal(format!("The disk's top is called {top:?}")))
+}
+
+fn name_after(top: &str) -> Result<String> {
+    Ok(format!("{FIRST}{}", u64::from(number_of(top)?) + 1))
 }
 
 #[cfg(test)]
@@ -199,7 +206,7 @@ mod tests {
         for (top, next) in [("disk", "disk1"), ("disk1", "disk2"), ("disk9", "disk10")] {
             assert_eq!(name_after(top).unwrap(), next);
         }
-        for odd in ["", "disks", "layer0", "disk-1", "disk4294967295"] {
+        for odd in ["", "disks", "layer0", "disk-1", "disk4294967296"] {
             assert!(name_after(odd).is_err(), "{odd}");
         }
     }

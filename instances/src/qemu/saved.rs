@@ -2,28 +2,34 @@
 //!
 //! * A *template*: its memory is a file already (`Memory::Shared`), so only its devices are saved
 //!   ([`Vm::save_devices`], half a megabyte), and a clone maps that file ([`Vm::restore`]).
-//! * A *fork*: devices and memory go into one file ([`Vm::save_all`], [`Vm::restore_all`]).
+//! * A *fork*: devices and memory go into one file, of a machine that runs ([`Vm::freeze`]) or is
+//!   halted ([`Vm::save_all`]), and back ([`Vm::restore_all`]).
 //!
 //! A machine is halted before it is saved, and is halted after it is restored: the caller lets it
 //! run. One that was saved can be resumed and goes on as if nothing had been.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pileus_base::{Code, Error, Result, ResultExt};
 use pileus_qmp::commands::{
-    AddFd, BlockdevSetActive, Migrate, MigrateCancel, MigrateIncoming, MigrateSetCapabilities,
-    MigrateSetParameters, MigrationCapability, QueryMigrate, RemoveFd,
+    AddFd, BlockdevSetActive, Migrate, MigrateCancel, MigrateContinue, MigrateIncoming,
+    MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, QueryMigrate, RemoveFd,
 };
 use serde::{Deserialize, Serialize};
 
-use super::vm::{PowerState, Vm, said_since};
+use super::vm::{PowerState, Vm, VmEvent, said_since};
 
 /// Bound on devices alone; measured 5 to 20 ms.
 const DEVICES_BOUND: Duration = Duration::from_secs(30);
 /// Bound on devices and memory; measured about a second per GiB that the guest touched.
 const ALL_BOUND: Duration = Duration::from_secs(600);
+/// After this a guest is halted so that its saving comes to an end.
+const LIVE_BOUND: Duration = Duration::from_secs(30);
+/// How long a guest may be halted for the last of its memory; QEMU's own choice is 300 ms.
+const HALT: Duration = Duration::from_millis(50);
 /// QEMU's own limit is 128 MiB/s; this one is none.
 const NO_LIMIT: u64 = 1 << 40;
 
@@ -81,7 +87,7 @@ impl Vm {
         if self.status().await? != PowerState::Paused {
             return Err(Error::internal("A machine that runs can't be saved"));
         }
-        self.prepare(shared, stream).await?;
+        self.prepare(shared, stream, false).await?;
         let set = self.lend(file, OpenOptions::new().write(true)).await?;
         let uri = format!("file:/dev/fdset/{set}");
         let saved = async {
@@ -102,7 +108,7 @@ impl Vm {
     ) -> Result<()> {
         let log_before = std::fs::metadata(self.log()).map_or(0, |m| m.len());
         let loaded = async {
-            self.prepare(shared, stream).await?;
+            self.prepare(shared, stream, false).await?;
             let set = self.lend(file, OpenOptions::new().read(true)).await?;
             let version = self.client().version();
             let stays = (version.major, version.minor) >= (9, 1);
@@ -132,23 +138,85 @@ impl Vm {
         Ok(())
     }
 
+    /// Writes devices and memory of a machine to an empty file *while it runs*, and puts a new layer
+    /// on its disk at the moment that was saved (see [`Vm::snapshot_disk`]). The guest stands still
+    /// for that moment only, which is what is returned, and runs again afterwards, also on error.
+    ///
+    /// If it fails, the layer may be there all the same: [`Vm::layers_added`] tells.
+    pub async fn freeze(&self, layer: &Path, memory: File) -> Result<(Stream, Duration)> {
+        let stream = self.stream();
+        self.prepare(false, stream, true).await?;
+        let set = self.lend(&memory, OpenOptions::new().write(true)).await?;
+        let saved = self.freeze_to(layer, set).await;
+        if saved.is_err() {
+            // Nothing to cancel if QEMU gave up by itself.
+            let _ = self.client().run(&MigrateCancel {}).await;
+        }
+        self.forget(set).await;
+        // The guest goes on in any case; that it does not is the worse fault.
+        self.resume().await?;
+        Ok((stream, saved?.elapsed()))
+    }
+
+    /// Returns when the guest was halted, which it still is.
+    async fn freeze_to(&self, layer: &Path, set: u32) -> Result<Instant> {
+        let begun = Instant::now();
+        let mut halted = None;
+        let mut events = self.subscribe();
+        let uri = format!("file:/dev/fdset/{set}");
+        self.client().run(&Migrate { uri }).await?;
+        loop {
+            let now = self.client().run(&QueryMigrate {}).await?;
+            match now.status.as_str() {
+                "pre-switchover" => break,
+                "setup" | "active" | "device" => (),
+                _ => return Err(failed("saved", now.error_desc.as_deref())),
+            }
+            // A guest that writes faster than we do would never be done.
+            if halted.is_none() && begun.elapsed() > LIVE_BOUND {
+                halted = Some(Instant::now());
+                self.pause().await?;
+            }
+            if begun.elapsed() > ALL_BOUND {
+                return Err(failed("saved", Some("it took too long")));
+            }
+            if halted.is_some() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                continue;
+            }
+            // The sender is ours, so this never ends by itself.
+            let stopped = async { while !matches!(events.recv().await, Ok(VmEvent::Stopped)) {} };
+            let stopped = tokio::time::timeout(Duration::from_millis(20), stopped).await;
+            halted = stopped.ok().map(|()| Instant::now());
+        }
+        let halted = halted.unwrap_or_else(Instant::now);
+        self.snapshot_disk(layer).await?;
+        let go_on = MigrateContinue {
+            state: "pre-switchover",
+        };
+        self.client().run(&go_on).await?;
+        self.migrated("saved", ALL_BOUND).await?;
+        Ok(halted)
+    }
+
     /// Sets all capabilities that we use, whatever they were set to before.
-    async fn prepare(&self, shared: bool, stream: Stream) -> Result<()> {
-        let mut capabilities = vec![MigrationCapability {
-            capability: "x-ignore-shared",
-            state: shared,
-        }];
+    async fn prepare(&self, shared: bool, stream: Stream, live: bool) -> Result<()> {
+        let set = |capability, state| MigrationCapability { capability, state };
+        let mut capabilities = vec![
+            set("x-ignore-shared", shared),
+            set("pause-before-switchover", live),
+        ];
         // An older QEMU doesn't know the name.
         if self.stream() == Stream::Mapped || stream == Stream::Mapped {
-            capabilities.push(MigrationCapability {
-                capability: "mapped-ram",
-                state: stream == Stream::Mapped,
-            });
+            capabilities.push(set("mapped-ram", stream == Stream::Mapped));
         }
         let client = self.client();
         client.run(&MigrateSetCapabilities { capabilities }).await?;
-        let max_bandwidth = NO_LIMIT;
-        client.run(&MigrateSetParameters { max_bandwidth }).await?;
+        let parameters = MigrateSetParameters {
+            max_bandwidth: NO_LIMIT,
+            downtime_limit: u64::try_from(HALT.as_millis()).unwrap_or(u64::MAX),
+        };
+        client.run(&parameters).await?;
         Ok(())
     }
 
@@ -175,12 +243,6 @@ impl Vm {
     /// Waits for the end of what was begun. Asked again and again, because the event for it would
     /// have to be switched on first and is lost if the daemon changes in between.
     async fn migrated(&self, done: &str, within: Duration) -> Result<()> {
-        let failed = |why: &str| {
-            Error::new(
-                Code::QemuFailed,
-                format!("The machine could not be {done}: {why}"),
-            )
-        };
         let begun = Instant::now();
         let mut pause = Duration::from_millis(1);
         loop {
@@ -188,19 +250,22 @@ impl Vm {
             match now.status.as_str() {
                 "completed" => return Ok(()),
                 "failed" | "cancelled" | "postcopy-paused" => {
-                    let why = now
-                        .error_desc
-                        .unwrap_or_else(|| "QEMU does not say why".into());
-                    return Err(failed(&why));
+                    return Err(failed(done, now.error_desc.as_deref()));
                 }
                 _ if begun.elapsed() > within => {
                     // Best effort: on the receiving side there is nothing to cancel.
                     let _ = self.client().run(&MigrateCancel {}).await;
-                    return Err(failed(&format!("it was not done within {within:?}")));
+                    return Err(failed(done, Some("it took too long")));
                 }
                 _ => tokio::time::sleep(pause).await,
             }
             pause = (pause * 2).min(Duration::from_millis(50));
         }
     }
+}
+
+fn failed(done: &str, why: Option<&str>) -> Error {
+    let why = why.unwrap_or("QEMU does not say why");
+    let what = format!("The machine could not be {done}: {why}");
+    Error::new(Code::QemuFailed, what)
 }
