@@ -17,18 +17,21 @@ use pileus_base::{Code, Error, Result, ResultExt};
 use tokio::sync::OwnedMutexGuard;
 
 type Turn = tokio::sync::Mutex<()>;
+/// Device and inode.
+type FileKey = (u64, u64);
+type Turns = HashMap<FileKey, Weak<Turn>>;
 
-/// The files in use, by device and inode.
-static TURNS: LazyLock<Mutex<HashMap<(u64, u64), Weak<Turn>>>> = LazyLock::new(Mutex::default);
+/// The files that someone has on loan or waits for.
+static TURNS: LazyLock<Mutex<Turns>> = LazyLock::new(Mutex::default);
 
 /// The files on loan now.
-static LENT: LazyLock<Mutex<HashSet<(u64, u64)>>> = LazyLock::new(Mutex::default);
+static LENT: LazyLock<Mutex<HashSet<FileKey>>> = LazyLock::new(Mutex::default);
 
 /// While this lives, `user` owns the file.
 #[derive(Debug)]
 pub(crate) struct Loan {
     file: File,
-    key: (u64, u64),
+    key: FileKey,
     owner: u32,
     _turn: OwnedMutexGuard<()>,
 }
@@ -68,11 +71,11 @@ impl Drop for Loan {
     }
 }
 
-fn lent() -> MutexGuard<'static, HashSet<(u64, u64)>> {
+fn lent() -> MutexGuard<'static, HashSet<FileKey>> {
     LENT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn key(meta: &Metadata) -> (u64, u64) {
+fn key(meta: &Metadata) -> FileKey {
     (meta.dev(), meta.ino())
 }
 
@@ -82,7 +85,7 @@ pub(crate) fn is_lent(meta: &Metadata) -> bool {
 }
 
 /// Waits until nobody has the file on loan, and keeps it so while the guard lives.
-async fn wait_for_turn(key: (u64, u64)) -> OwnedMutexGuard<()> {
+async fn wait_for_turn(key: FileKey) -> OwnedMutexGuard<()> {
     let turn = {
         let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
         turns.retain(|_, turn| turn.strong_count() > 0);
