@@ -24,6 +24,8 @@ pub enum Event {
     Operation { operation: Box<Operation> },
     /// An image was added to or removed from the store.
     Images,
+    /// A template was made or removed.
+    Templates,
     /// The reader was too slow and missed events: it should fetch the lists again.
     Lagged { missed: u64 },
 }

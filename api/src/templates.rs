@@ -14,8 +14,6 @@ pub enum TemplateState {
     /// Its machine boots or is being saved.
     Building,
     Ready,
-    /// No launch uses it any more (a newer QEMU, no space); its disk is kept for instances that stand on it.
-    Retired,
 }
 
 impl TemplateState {
@@ -23,7 +21,6 @@ impl TemplateState {
         match self {
             TemplateState::Building => "building",
             TemplateState::Ready => "ready",
-            TemplateState::Retired => "retired",
         }
     }
 }

@@ -125,6 +125,10 @@ impl Layout {
         self.data.join("layers")
     }
 
+    pub fn layer(&self, id: uuid::Uuid) -> PathBuf {
+        self.layers().join(format!("{id}.qcow2"))
+    }
+
     /// Folder of a running instance's sockets; short, because socket paths are.
     pub fn instance_run(&self, id: uuid::Uuid) -> PathBuf {
         let text = id.simple().to_string();

@@ -8,6 +8,8 @@ use pileus_base::Layout;
 use pileus_base::layout::UserFolders;
 use pileus_instances::qemu::AcceleratorChoice;
 
+use crate::service::settings::{Settings, WarmMode};
+
 /// The daemon of pileus: owns the instances and serves the API on a Unix socket.
 #[derive(Debug, Parser)]
 #[command(name = "pileusd", version, about)]
@@ -46,6 +48,11 @@ pub struct Args {
     )]
     pub accelerator: AcceleratorChoice,
 
+    /// When templates are made and used unless `pileus set local.warm` says otherwise: auto, manual or
+    /// off.
+    #[arg(long, value_name = "WHEN", default_value = "auto", env = "PILEUS_WARM")]
+    pub warm: WarmMode,
+
     /// What to log: error, warn, info, debug, trace, or a filter such as `pileusd=debug`.
     #[arg(
         long,
@@ -71,6 +78,14 @@ pub enum Command {
 }
 
 impl Args {
+    /// What holds as long as no setting says otherwise.
+    pub fn settings(&self, defaults: Settings) -> Settings {
+        Settings {
+            warm: self.warm,
+            ..defaults
+        }
+    }
+
     /// Where everything lies, by the options or by who we are.
     pub fn layout(&self, uid: u32) -> Layout {
         let folder = |name: &str| {

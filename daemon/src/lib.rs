@@ -29,7 +29,10 @@ use config::Args;
 use http::listener::{self, Peer};
 use hub::Hub;
 use operations::Operations;
+use service::admission::{self, Admission};
 use service::registry::{Instance, Registry};
+use service::settings::{Keeper, Settings};
+use service::templates::Shelf;
 use service::wiring::Finder;
 use service::{Mode, Parts, Service};
 use state::State;
@@ -53,7 +56,7 @@ pub fn lock(layout: &Layout) -> Result<files::Lock> {
 pub async fn run(args: &Args, layout: Layout, mode: Mode, lock: files::Lock) -> Result<()> {
     // Caught from here on, so that an early signal doesn't leave half a start.
     let stop = stop_signal()?;
-    files::create_folder(&layout.run, 0o755)?;
+    files::create_own_folder(&layout.run, 0o755)?;
     let group = match mode {
         Mode::System => group_id(&args.group),
         Mode::User(_) => None,
@@ -68,11 +71,25 @@ pub async fn run(args: &Args, layout: Layout, mode: Mode, lock: files::Lock) -> 
         let service = service.clone();
         async move { recover::resume(&service, resumed).await }
     });
+    let leases = tokio::spawn({
+        let service = service.clone();
+        async move { service.sweep_leases().await }
+    });
+    let templates = tokio::spawn({
+        let service = service.clone();
+        async move {
+            if let Err(err) = service.discard_outdated().await {
+                tracing::info!(%err, "templates can't be looked through");
+            }
+        }
+    });
     tracing::info!(socket = %socket.display(), "ready");
     notify(&[sd_notify::NotifyState::Ready]);
     let served = serve(listener, service.clone(), stop).await;
     notify(&[sd_notify::NotifyState::Stopping]);
     let _ = instances.await;
+    leases.abort();
+    templates.abort();
     // systemd goes on listening on a socket of its own.
     if ours {
         files::remove_file(&socket)?;
@@ -87,6 +104,13 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
     let state = State::open(&layout.database())?;
     let hub = Hub::new();
     let (rows, broken) = recover::clean_up(&state, &layout).await?;
+    let templates = Shelf::open(&layout)?;
+    recover::sweep_layers(&layout, &rows, &broken, &templates)?;
+    let defaults = Settings {
+        warm_pool: 0,
+        ..Settings::default()
+    };
+    let settings = Keeper::load(&state, args.settings(defaults)).await?;
     let store = Store::open(StoreConfig::new(layout.images()))?;
     let network = start_network(&args.bridge, &state, &layout, &mode).await?;
     let instances: Vec<_> = rows
@@ -108,6 +132,10 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
         network: Arc::new(network),
         hypervisor: Finder::new(args.qemu.clone(), search, args.accelerator),
         registry,
+        templates: Arc::new(templates),
+        building: tokio::sync::Mutex::default(),
+        settings,
+        admission: Admission::new(admission::available),
         broken,
         clock: jiff::Timestamp::now,
     });

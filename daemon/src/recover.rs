@@ -1,9 +1,10 @@
 //! What happens at start-up, in order. Each step finishes or undoes what an earlier daemon left:
 //!
 //! 1. operations that were under way are marked as interrupted;
-//! 2. rows `creating` (no VM ever) and `purging` are removed with their files (and in step 4 rows
-//!    `starting` for the first time, if no VM is found);
-//! 3. folders that no row knows are removed;
+//! 2. rows `creating` (no VM ever), `purging` and those with a lease are removed with their files (and in
+//!    step 4 rows `starting` for the first time, if no VM is found);
+//! 3. what a fork left half-way is put right; folders, layers and templates that nobody knows or that
+//!    are half made are removed;
 //! 4. every other instance gets its task; a VM that still runs is adopted, a launch or start that
 //!    was waiting for its guest goes on waiting; an instance whose VM is gone is `stopped`, and says
 //!    why if it should be running;
@@ -15,12 +16,13 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use pileus_api::{ErrorBody, InstanceState};
-use pileus_base::{Code, Error, Result, files};
+use pileus_base::{Code, Error, Result, ResultExt, files};
 use pileus_instances::machine::Machine;
 
 use crate::service::Service;
 use crate::service::registry::Instance;
-use crate::service::wiring;
+use crate::service::templates::Shelf;
+use crate::service::{layers, wiring};
 use crate::state;
 use crate::state::instances::{BrokenRow, InstanceRow, Stage};
 
@@ -42,14 +44,15 @@ pub async fn clean_up(
     for row in rows {
         if is_half_made(&row) {
             tracing::warn!(instance = %row.name, "is removed: its launch or its deletion was interrupted");
-            kill_leftover(layout, &row).await;
+            wiring::kill_leftover(layout, &row).await;
             files::remove_folder(&layout.instance_run(row.id))?;
+            files::remove_file(&wiring::disk(layout, &row))?;
             files::remove_folder(&layout.instance(row.id))?;
             state
                 .run(move |tx| state::instances::remove(tx, row.id))
                 .await?;
         } else {
-            kept.push(row);
+            kept.push(settled(state, layout, row).await?);
         }
     }
     for row in &broken {
@@ -69,28 +72,63 @@ pub async fn clean_up(
     Ok((kept, broken))
 }
 
-/// Nothing in it is of use to anyone: its disk was never ready, or it was to be deleted.
+/// Nothing in it is of use to anyone: its disk was never ready, or it was to be deleted, or it was a
+/// throw-away one.
 fn is_half_made(row: &InstanceRow) -> bool {
-    matches!(
-        row.stage,
-        Stage::Purging | Stage::Is(InstanceState::Creating)
-    )
+    // A throw-away instance's VM has ended with the daemon that it belonged to.
+    let leased = row.lease.is_some();
+    leased
+        || matches!(
+            row.stage,
+            Stage::Purging | Stage::Is(InstanceState::Creating)
+        )
 }
 
-/// A deletion may have been interrupted before its VM was ended.
-async fn kill_leftover(layout: &pileus_base::Layout, row: &InstanceRow) {
-    use pileus_instances::qemu::{Paths, process};
-    let paths = Paths::of(&layout.instance_run(row.id), &layout.instance(row.id));
-    if let Some(found) = process::find(&paths, row.id) {
-        if let Err(err) = process::kill(found) {
-            tracing::error!(instance = %row.name, %err, "its VM can't be ended");
-        }
-        let _ = process::wait_exit(found).await;
+/// A fork of it may have been cut off.
+async fn settled(
+    state: &state::State,
+    layout: &pileus_base::Layout,
+    mut row: InstanceRow,
+) -> Result<InstanceRow> {
+    if layers::settle(layout, &mut row)? {
+        let record = row.clone();
+        state
+            .run(move |tx| state::instances::update(tx, &record))
+            .await?;
     }
+    Ok(row)
+}
+
+/// Layers and disks in memory that belong to nobody.
+pub fn sweep_layers(
+    layout: &pileus_base::Layout,
+    rows: &[InstanceRow],
+    broken: &[BrokenRow],
+    templates: &Shelf,
+) -> Result<()> {
+    // What a row that can't be read stands on is not known.
+    if !broken.is_empty() {
+        return Ok(());
+    }
+    let mut needed: HashSet<_> = rows
+        .iter()
+        .flat_map(|row| row.spec.layers.clone())
+        .collect();
+    needed.extend(templates.all().iter().map(|template| template.layer));
+    layers::sweep(layout, &|layer| needed.contains(&layer))?;
+    let disks: HashSet<_> = rows.iter().map(|row| wiring::disk(layout, row)).collect();
+    let memories: HashSet<_> = templates.all().iter().map(|t| t.folder.ram()).collect();
+    for entry in std::fs::read_dir(&layout.memory).into_iter().flatten() {
+        let path = entry.io("Looking through the folder in memory")?.path();
+        if !disks.contains(&path) && !memories.contains(&path) {
+            tracing::warn!(path = %path.display(), "what nobody needs in memory is removed");
+            files::remove_file(&path)?;
+        }
+    }
+    Ok(())
 }
 
 fn sweep_folders(layout: &pileus_base::Layout, known: &HashSet<String>) -> Result<()> {
-    use pileus_base::ResultExt;
     let folder = layout.instances();
     let what = format!("Looking through {}", folder.display());
     for entry in std::fs::read_dir(&folder).io(&what)? {

@@ -53,6 +53,7 @@ fn make(path: &Path, size: Size, below: &Path, format: &str) -> Result<()> {
         .backing(name.to_owned(), format.to_owned())
         .create()
         .io(&what);
+    let made = made.and_then(|()| files::set_mode(path, 0o600));
     if made.is_err() {
         files::remove_file(path)?;
     }

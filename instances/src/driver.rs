@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Instant;
 
 use pileus_base::process::ProcessId;
 use pileus_base::{InstanceName, Reporter, Result, Size, files};
@@ -15,8 +16,11 @@ use uuid::Uuid;
 pub use crate::guest::handle::Guest;
 use crate::guest::keys::InstanceKeys;
 use crate::guest::watch;
-use crate::machine::{Driver, GuestEvent, Vm, VmEvent};
-use crate::qemu::{self, Accelerator, Boot, Confinement, Disk, Mac, MachineSpec, Paths, Qemu, log};
+use crate::machine::{Driver, Freeze, Frozen, GuestEvent, Vm, VmEvent};
+use crate::qemu::{
+    self, Accelerator, Boot, Confinement, Disk, Mac, MachineSpec, Memory, Nic, Paths, Port, Qemu,
+    log,
+};
 
 /// Bytes of the console that an error shows, and lines at most.
 const TAIL_BYTES: u64 = 8 << 10;
@@ -40,6 +44,8 @@ pub trait Wiring: Send + Sync + 'static {
     /// A tap, plugged in and up.
     fn plug(&self) -> Later<'_, Result<OwnedFd>>;
     fn unplug(&self) -> Later<'_, ()>;
+    /// The qcow2 layers of the disk above the image, the lowest first; the last one is written.
+    fn layers(&self) -> Vec<PathBuf>;
     /// The user that QEMU becomes; none if it stays who we are.
     fn confinement(&self, accelerator: Accelerator) -> Option<Confinement>;
 }
@@ -57,12 +63,14 @@ pub struct Setup {
     pub base: PathBuf,
     /// Kernel and initrd beside the image, with their command line.
     pub direct_boot: Option<DirectBoot>,
-    /// `disk.qcow2`, `seed.iso`, keys and logs lie here.
+    /// `seed.iso`, keys and logs lie here, and mostly the disk.
     pub folder: PathBuf,
     /// The sockets lie here.
     pub run: PathBuf,
     pub mac: Mac,
     pub address: Ipv4Addr,
+    /// Its VM ends with the daemon: it is a throw-away one.
+    pub ends_with_daemon: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -81,7 +89,7 @@ impl Setup {
         Paths::of(&self.run, &self.folder)
     }
 
-    fn spec(&self, host: &Host, firmware_boot: bool) -> MachineSpec {
+    fn spec(&self, host: &Host, layers: Vec<PathBuf>, firmware_boot: bool) -> MachineSpec {
         let boot = match &self.direct_boot {
             Some(direct) if !firmware_boot => Boot::Kernel {
                 kernel: direct.kernel.clone(),
@@ -100,11 +108,14 @@ impl Setup {
             accelerator: host.accelerator,
             disk: Disk {
                 base: self.base.clone(),
-                layers: vec![self.folder.join(DISK)],
+                layers,
             },
             seed: Some(self.folder.join(SEED)),
             boot,
-            nic: Some(self.mac),
+            nic: Nic::Tap(self.mac),
+            ram: Memory::Private,
+            incoming: false,
+            ends_with_daemon: self.ends_with_daemon,
             paths: self.paths(),
         }
     }
@@ -131,6 +142,38 @@ impl QemuDriver {
         self.running(vm, events).map(Some)
     }
 
+    pub(crate) fn setup(&self) -> &Setup {
+        &self.setup
+    }
+
+    /// The machine as it would be started now.
+    pub(crate) fn spec(&self, host: &Host, firmware_boot: bool) -> MachineSpec {
+        self.setup.spec(host, self.wiring.layers(), firmware_boot)
+    }
+
+    pub(crate) fn wiring(&self) -> &dyn Wiring {
+        &*self.wiring
+    }
+
+    /// Starts QEMU and connects to where its guest will answer. On error no process is left, but the
+    /// run folder may be.
+    pub(crate) async fn launch(
+        &self,
+        host: &Host,
+        spec: &MachineSpec,
+        tap: Option<OwnedFd>,
+    ) -> Result<RunningVm> {
+        files::create_folder(&self.setup.run, 0o700)?;
+        let confinement = self.wiring.confinement(host.accelerator);
+        let (vm, events) = qemu::Vm::start(&host.qemu, spec, tap, confinement).await?;
+        self.running(vm, events)
+    }
+
+    /// Gives a restored machine its NIC.
+    pub(crate) async fn plug_nic(&self, vm: &RunningVm, tap: OwnedFd) -> Result<()> {
+        vm.vm.plug_nic("nic0", Port::Nic, self.setup.mac, tap).await
+    }
+
     fn running(
         &self,
         vm: qemu::Vm,
@@ -155,13 +198,10 @@ impl Driver for QemuDriver {
 
     async fn start(&self, firmware_boot: bool, _report: &Reporter) -> Result<RunningVm> {
         let host = self.wiring.host().await?;
-        let spec = self.setup.spec(&host, firmware_boot);
-        files::create_folder(&self.setup.run, 0o700)?;
+        let spec = self.spec(&host, firmware_boot);
         let started = async {
             let tap = self.wiring.plug().await?;
-            let confinement = self.wiring.confinement(host.accelerator);
-            let (vm, events) = qemu::Vm::start(&host.qemu, &spec, Some(tap), confinement).await?;
-            self.running(vm, events)
+            self.launch(&host, &spec, Some(tap)).await
         };
         match started.await {
             Ok(vm) => Ok(vm),
@@ -233,6 +273,22 @@ impl Vm for RunningVm {
         self.vm.resume().await
     }
 
+    async fn freeze(&self, freeze: Freeze) -> Result<Frozen> {
+        let began = Instant::now();
+        self.vm.pause().await?;
+        let saved = async {
+            self.vm.snapshot_disk(&freeze.layer).await?;
+            self.vm.save_all(freeze.memory).await
+        };
+        let saved = saved.await;
+        // The guest goes on in any case; that it does not is the worse fault.
+        self.vm.resume().await?;
+        Ok(Frozen {
+            stream: saved?,
+            paused: began.elapsed(),
+        })
+    }
+
     async fn kill(&self) {
         if let Err(err) = self.vm.quit().await {
             tracing::error!(%err, "QEMU can't be ended");
@@ -268,6 +324,16 @@ impl Vm for RunningVm {
 }
 
 impl RunningVm {
+    pub(crate) fn qemu(&self) -> &qemu::Vm {
+        &self.vm
+    }
+
+    /// Forgets what the guest told so far: a restored one told of the machine that was saved.
+    pub(crate) fn watched_from_now(mut self) -> Self {
+        self.guest_events = watch::watch(self.guest.clone());
+        self
+    }
+
     fn translate(&mut self, event: qemu::VmEvent) -> Option<VmEvent> {
         match event {
             qemu::VmEvent::Shutdown { guest, .. } => {

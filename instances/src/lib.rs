@@ -9,3 +9,4 @@ pub mod guest;
 pub mod machine;
 pub mod qemu;
 pub mod template;
+pub mod warm;

@@ -105,7 +105,7 @@ impl TemplateKey {
             },
             cpu: cpu_model(accelerator),
             layout: argv::LAYOUT,
-            agent: digest(crate::guest::seed::AGENT_PY.as_bytes()),
+            agent: digest(crate::guest::seed::agent_digest().as_bytes()),
         }
     }
 

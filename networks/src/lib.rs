@@ -211,6 +211,11 @@ impl Network {
         self.settings.subnet.gateway()
     }
 
+    /// DNS domain of the guests.
+    pub fn domain(&self) -> &str {
+        &self.settings.domain
+    }
+
     pub fn bridge(&self) -> &str {
         &self.bridge
     }

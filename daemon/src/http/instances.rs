@@ -5,8 +5,8 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use pileus_api::{
-    DeleteQuery, ErrorReply, Instance, LaunchRequest, LogQuery, Operation, StartRequest,
-    StopRequest,
+    DeleteQuery, ErrorReply, ForkReply, ForkRequest, Identity, Instance, LaunchRequest,
+    LeaseRequest, LogQuery, Operation, StartRequest, StopRequest,
 };
 
 use super::{Json, Path, Query, Reply};
@@ -128,6 +128,51 @@ pub async fn recover(
     responses((status = 200, description = "Names of the instances that are gone", body = Vec<String>)))]
 pub async fn purge(State(service): State<Service>) -> Reply<Json<Vec<String>>> {
     Ok(Json(service.purge().await?))
+}
+
+/// Renews the lease of a throw-away instance, or ends the lease and keeps the instance.
+#[utoipa::path(post, operation_id = "renew_lease", path = "/v1/instances/{name}/lease", tag = "instances", request_body = LeaseRequest,
+    params(("name" = String, Path, description = "The instance")),
+    responses(
+        (status = 200, description = "The instance", body = Instance),
+        (status = 404, description = "No such instance, or its lease has run out", body = ErrorReply),
+        (status = 409, description = "It has no lease", body = ErrorReply)))]
+pub async fn lease(
+    State(service): State<Service>,
+    Path(name): Path<String>,
+    Json(request): Json<LeaseRequest>,
+) -> Reply<Json<Instance>> {
+    Ok(Json(service.renew_lease(&name, &request).await?))
+}
+
+/// Clones a running instance with its memory. The operation ends when all clones run.
+#[utoipa::path(post, operation_id = "fork_instance", path = "/v1/instances/{name}/fork", tag = "instances", request_body = ForkRequest,
+    params(("name" = String, Path, description = "The instance")),
+    responses(
+        (status = 202, description = "The fork has begun", body = ForkReply),
+        (status = 404, description = "No such instance", body = ErrorReply),
+        (status = 409, description = "It does not run, or a name is in use", body = ErrorReply)))]
+pub async fn fork(
+    State(service): State<Service>,
+    Path(name): Path<String>,
+    Json(request): Json<ForkRequest>,
+) -> Reply<(StatusCode, Json<ForkReply>)> {
+    let reply = service.fork(&name, request).await?;
+    Ok((StatusCode::ACCEPTED, Json(reply)))
+}
+
+/// Tells what makes the instance itself, as its guest sees it.
+#[utoipa::path(get, operation_id = "get_instance_identity", path = "/v1/instances/{name}/identity", tag = "instances",
+    params(("name" = String, Path, description = "The instance")),
+    responses(
+        (status = 200, description = "Its identity", body = Identity),
+        (status = 404, description = "No such instance", body = ErrorReply),
+        (status = 409, description = "It does not run", body = ErrorReply)))]
+pub async fn identity(
+    State(service): State<Service>,
+    Path(name): Path<String>,
+) -> Reply<Json<Identity>> {
+    Ok(Json(service.identity(&name).await?))
 }
 
 /// Sends the serial console's log as it is; with `follow` the reply stays open.

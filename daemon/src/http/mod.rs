@@ -9,7 +9,10 @@ mod images;
 mod instances;
 pub mod listener;
 mod operations;
+mod port;
 mod server;
+mod settings;
+mod templates;
 
 use axum::Router;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
@@ -57,12 +60,21 @@ fn documented() -> (Router<Service>, utoipa::openapi::OpenApi) {
         .routes(routes!(instances::restart))
         .routes(routes!(instances::recover))
         .routes(routes!(instances::log))
+        .routes(routes!(instances::lease))
+        .routes(routes!(instances::fork))
+        .routes(routes!(instances::identity))
         .routes(routes!(exec::exec))
+        .routes(routes!(port::port))
         .routes(routes!(instances::purge))
         .routes(routes!(images::catalog))
         .routes(routes!(images::list))
         .routes(routes!(images::remove))
         .routes(routes!(images::prune))
+        .routes(routes!(templates::list, templates::create))
+        .routes(routes!(templates::get, templates::delete))
+        .routes(routes!(templates::prune))
+        .routes(routes!(settings::list))
+        .routes(routes!(settings::get, settings::set))
         .routes(routes!(operations::list))
         .routes(routes!(operations::get, operations::cancel))
         .routes(routes!(operations::events))
@@ -183,6 +195,7 @@ mod tests {
             routes::INSTANCE_RESTART,
             routes::INSTANCE_RECOVER,
             routes::INSTANCE_EXEC,
+            routes::INSTANCE_PORT,
             routes::INSTANCE_LOG,
             routes::PURGE,
             routes::CATALOG,

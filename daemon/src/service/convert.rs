@@ -33,6 +33,8 @@ pub fn instance(instance: &Instance) -> ApiInstance {
         ipv4,
         created_at: row.created_at,
         started_at: row.started_at,
+        origin: row.spec.origin,
+        lease_expires_at: row.lease,
         phases: row.history.phases,
         cloud_init,
         last_error: row.history.last_error,

@@ -1,12 +1,32 @@
 //! Commands in a guest.
 
-use pileus_api::ExecRequest;
+use std::time::Duration;
+
+use pileus_api::{ExecRequest, Identity, IdentityItem};
 use pileus_base::Result;
 use pileus_instances::guest::exec::{ExecSession, ExecSpec, Tty};
+use pileus_instances::guest::port::PortStream;
 
 use super::Service;
 
+/// A guest collects its identity in less than a second.
+const IDENTITY_BOUND: Duration = Duration::from_secs(30);
+
 impl Service {
+    /// What makes the instance itself, as its guest tells.
+    pub async fn identity(&self, name: &str) -> Result<Identity> {
+        let instance = self.parts.registry.get_usable(name)?;
+        let guest = instance.machine()?.guest()?;
+        let items = guest.identity(IDENTITY_BOUND).await?;
+        Ok(Identity {
+            name: instance.row().name,
+            items: items
+                .into_iter()
+                .map(|(name, values)| IdentityItem { name, values })
+                .collect(),
+        })
+    }
+
     /// Runs a command (or a shell) in a running instance.
     pub async fn exec(&self, name: &str, request: ExecRequest) -> Result<ExecSession> {
         let instance = self.parts.registry.get_usable(name)?;
@@ -24,5 +44,11 @@ impl Service {
                 }),
             })
             .await
+    }
+    /// Connects to a TCP port on a running guest's loopback.
+    pub async fn port(&self, name: &str, port: u16) -> Result<PortStream> {
+        let instance = self.parts.registry.get_usable(name)?;
+        let guest = instance.machine()?.guest()?;
+        guest.port(port).await
     }
 }

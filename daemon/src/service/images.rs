@@ -6,7 +6,7 @@ use std::path::Path;
 use pileus_api::{CatalogEntry, Event, Image as ApiImage, PruneReply, PrunedImage};
 use pileus_base::{Code, Error, Result};
 
-use super::{Mode, Service};
+use super::{Mode, Service, blocking};
 use crate::http::listener::Peer;
 
 impl Service {
@@ -109,14 +109,6 @@ impl Service {
                 .collect(),
         })
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|err| Error::internal("Work on the image store broke off").with_source(err))?
 }
 
 /// A system daemon reads files as root; it must not do so for someone who may not read them. Opens

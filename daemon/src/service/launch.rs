@@ -2,7 +2,9 @@
 //!
 //! ```text
 //! check the request ─▶ row `creating` (name, address, MAC, slot) ─▶ answer with an operation
-//!   ─▶ image in the store ─▶ disk, seed, keys in instances/ID ─▶ task ─▶ row `starting` ─▶ boot
+//!   ─▶ image in the store ─▶ a template that fits? (warm.rs)
+//!        ├─ yes ─▶ disk on its layer, seed, keys ─▶ restore, identity ─▶ task ─▶ row `running`
+//!        └─ no, or that failed ─▶ disk, seed, keys in instances/ID ─▶ task ─▶ row `starting` ─▶ boot
 //! ```
 //!
 //! Until the guest boots, whatever fails is undone: folder, row, name. After that the instance stays,
@@ -10,27 +12,32 @@
 
 use std::collections::HashSet;
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use pileus_api::{
-    InstanceImage, InstanceState, LaunchRequest, Operation, OperationKind, PhaseTime,
+    InstanceImage, InstanceState, LaunchRequest, Operation, OperationKind, Origin, PhaseTime,
+    Timestamp,
 };
 use pileus_base::{Code, Error, InstanceName, Phase, Reporter, Result, Size, files};
 use pileus_images::{Image, ImageRef, overlay};
-use pileus_instances::driver::{DISK, QemuDriver, SEED};
+use pileus_instances::driver::{QemuDriver, RunningVm, SEED};
 use pileus_instances::guest::cloud_init;
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::guest::seed::{self, SeedNic, SeedSpec};
 use pileus_instances::machine::{BOOT_TIMEOUT, Config, Machine, Snapshot};
 
+use super::admission::{Promise, Start};
 use super::lifecycle::bound;
 use super::registry::{Instance, RowJournal};
+use super::warm::Choice;
 use super::wiring::{self, HostWiring};
-use super::{Service, convert};
+use super::{Service, convert, leases};
 use crate::http::listener::Peer;
 use crate::state;
-use crate::state::instances::{History, InstanceRow, Spec, Stage};
+use crate::state::demand::Shape;
+use crate::state::instances::{History, InstanceRow, Spec, Stage, booted_cold};
 
 const MIN_MEMORY: Size = Size::mib(512);
 const MIN_DISK: Size = Size::gib(1);
@@ -41,31 +48,30 @@ const DEFAULT_IMAGE: &str = "default";
 /// More than any machine has; a typing mistake is more likely.
 const MAX_CPUS: u32 = 255;
 
-/// A request that was checked.
-struct Order {
-    source: String,
-    image: ImageRef,
-    name: Option<InstanceName>,
-    cpus: u32,
-    memory: Size,
-    disk: Option<Size>,
-    user_data: Option<Vec<u8>>,
+/// An image and a shape, checked.
+pub(super) struct Wanted {
+    pub source: String,
+    pub image: ImageRef,
+    pub cpus: u32,
+    pub memory: Size,
     /// Keeps the image's file open until it is in the store.
-    file: Option<std::fs::File>,
-    request: LaunchRequest,
+    pub file: Option<std::fs::File>,
+}
+
+/// A request that was checked.
+pub(super) struct Order {
+    wanted: Wanted,
+    name: Option<InstanceName>,
+    pub disk: Option<Size>,
+    pub user_data: Option<Vec<u8>>,
+    pub request: LaunchRequest,
 }
 
 impl Service {
     /// Begins a launch. What is wrong with the request itself is told at once.
     pub async fn launch(&self, request: LaunchRequest, peer: Peer) -> Result<Operation> {
         let mut order = check(request)?;
-        if let ImageRef::File(path) = &order.image
-            && let Some(file) = super::images::open_as(&self.parts.mode, peer, path)?
-        {
-            // From here on the very file that the caller may read, whatever its name leads to later.
-            order.image = ImageRef::File(format!("/proc/self/fd/{}", file.as_raw_fd()).into());
-            order.file = Some(file);
-        }
+        order.wanted.open_as(&self.parts.mode, peer)?;
         // A host that can't run anything says so before anything is fetched.
         self.parts.hypervisor.get().await?;
         let instance = self.reserve(&order).await?;
@@ -85,20 +91,38 @@ impl Service {
         began
     }
 
-    /// Takes a name, an address, a MAC and a slot, all in one transaction.
     async fn reserve(&self, order: &Order) -> Result<Arc<Instance>> {
-        let network = self.parts.network.clone();
-        let wanted = order.name.clone();
-        let created_at = (self.parts.clock)();
+        let lease = match order.request.lease {
+            Some(seconds) => Some(leases::expiry((self.parts.clock)(), seconds)?),
+            None => None,
+        };
         let spec = Spec {
-            cpus: order.cpus,
-            memory: order.memory,
+            cpus: order.wanted.cpus,
+            memory: order.wanted.memory,
             disk: order.disk.unwrap_or(DEFAULT_DISK),
             image: None,
             machine_type: None,
             firmware_boot: false,
             booted: false,
+            origin: booted_cold(),
+            layers: Vec::new(),
+            disk_in_memory: order.request.disk_in_memory,
         };
+        self.reserve_row(order.name.clone(), spec, lease).await
+    }
+
+    /// Takes a name (a random one if none is wanted), an address, a MAC and a slot, all in one
+    /// transaction. What `spec` says of an earlier life is forgotten.
+    pub(super) async fn reserve_row(
+        &self,
+        wanted: Option<InstanceName>,
+        mut spec: Spec,
+        lease: Option<Timestamp>,
+    ) -> Result<Arc<Instance>> {
+        let network = self.parts.network.clone();
+        let created_at = (self.parts.clock)();
+        spec.booted = false;
+        spec.layers.clear();
         let row = self
             .parts
             .state
@@ -122,6 +146,7 @@ impl Service {
                     deleted: false,
                     created_at,
                     started_at: None,
+                    lease,
                     spec,
                     process: None,
                     history: History::default(),
@@ -141,24 +166,33 @@ impl Service {
         instance: &Arc<Instance>,
         report: &Reporter,
     ) -> Result<()> {
-        let began = Instant::now();
-        let (image, before) = match self.prepare(order, instance, report, began).await {
+        let _watch = self.end_with_lease(instance, report);
+        let prepared = async {
+            let (image, mut phases) = self.fetch(order, instance, report).await?;
+            let (restored, promise) = self
+                .restore_or_write(order, instance, &image, &mut phases, report)
+                .await?;
+            let machine = self.own(instance, image)?;
+            Ok((machine, restored, phases, promise))
+        };
+        let (machine, restored, phases, _promise) = match prepared.await {
             Ok(prepared) => prepared,
             Err(err) => {
                 self.undo(instance).await;
                 return Err(err);
             }
         };
-        let machine = match self.own(instance, image) {
-            Ok(machine) => machine,
-            Err(err) => {
-                self.undo(instance).await;
-                return Err(err);
-            }
-        };
         let timeout = bound(order.request.timeout, BOOT_TIMEOUT);
-        let booted = machine.start(timeout, before, report.clone()).await;
+        let booted = match restored {
+            Some(vm) => {
+                machine
+                    .start_with(vm, timeout, phases, report.clone())
+                    .await
+            }
+            None => machine.start(timeout, phases, report.clone()).await,
+        };
         let Err(error) = booted else {
+            self.after_launch(order, instance).await;
             return Ok(());
         };
         // A guest that began to boot may be worth a look; what never started, or what the user does
@@ -178,34 +212,30 @@ impl Service {
         })
     }
 
-    /// Makes all that lies on disk. Returns the image and how long each phase took.
-    async fn prepare(
+    /// Gets the image and notes what the instance is made of.
+    async fn fetch(
         &self,
         order: &Order,
         instance: &Arc<Instance>,
         report: &Reporter,
-        began: Instant,
     ) -> Result<(Arc<Image>, Vec<PhaseTime>)> {
+        let began = Instant::now();
         report.phase(Phase::ResolvingImage);
         let checksum = order.request.checksum.as_ref();
         let image = self
             .parts
             .store
-            .obtain(&order.image, checksum, report)
+            .obtain(&order.wanted.image, checksum, report)
             .await?;
         report.check()?;
-        let mut phases = vec![phase_time(Phase::ResolvingImage, began)];
-
-        let began = Instant::now();
-        report.phase(Phase::Configuring);
         let disk = match order.disk {
             Some(disk) => disk,
-            None => DEFAULT_DISK.max(image.info().virtual_size),
+            None => default_disk(image.info().virtual_size),
         };
         let host = self.parts.hypervisor.get().await?;
         self.warn_once(host.warning.as_deref(), report).await?;
-        let source = order.source.clone();
-        let row = instance
+        let source = order.wanted.source.clone();
+        instance
             .change(|row| {
                 row.spec.disk = disk;
                 row.spec.machine_type = Some(host.qemu.machine_type.clone());
@@ -217,9 +247,49 @@ impl Service {
                 });
             })
             .await?;
-        self.write_files(order, &row, &image).await?;
+        Ok((image, vec![phase_time(Phase::ResolvingImage, began)]))
+    }
+
+    /// Starts the instance from a template if that is possible; otherwise makes what a boot needs.
+    async fn restore_or_write(
+        &self,
+        order: &Order,
+        instance: &Arc<Instance>,
+        image: &Arc<Image>,
+        phases: &mut Vec<PhaseTime>,
+        report: &Reporter,
+    ) -> Result<(Option<RunningVm>, Promise)> {
+        let memory = order.wanted.memory;
+        let reason = match self.choose(order, image, report).await? {
+            Choice::Warm(template) => {
+                let promise = self.parts.admission.admit(memory, Start::Warm)?;
+                let began = phases.len();
+                match self
+                    .start_warm(order, instance, image, &template, phases, report)
+                    .await
+                {
+                    Ok(vm) => return Ok((Some(vm), promise)),
+                    Err(err) => {
+                        report.check()?;
+                        phases.truncate(began);
+                        Some(self.after_failed_restore(order, &template, err, report)?)
+                    }
+                }
+            }
+            Choice::Cold(reason) => reason,
+        };
+        let promise = self.parts.admission.admit(memory, Start::Cold)?;
+        let began = Instant::now();
+        report.phase(Phase::Configuring);
+        let row = instance
+            .change(|row| {
+                row.spec.layers.clear();
+                row.spec.origin = Origin::Cold { reason };
+            })
+            .await?;
+        self.write_files(order, &row, image, None).await?;
         phases.push(phase_time(Phase::Configuring, began));
-        Ok((image, phases))
+        Ok((None, promise))
     }
 
     /// Tells what is wrong with the accelerator: once, not at each launch.
@@ -244,16 +314,32 @@ impl Service {
         Ok(())
     }
 
-    /// Disk, keys and seed, in the instance's own folder.
-    async fn write_files(&self, order: &Order, row: &InstanceRow, image: &Image) -> Result<()> {
+    /// Disk, keys and seed, in the instance's own folder. The disk stands on the image, or on a
+    /// template's `layer`, and then has that one's size.
+    pub(super) async fn write_files(
+        &self,
+        order: &Order,
+        row: &InstanceRow,
+        image: &Image,
+        layer: Option<(PathBuf, Size)>,
+    ) -> Result<()> {
         let folder = self.parts.layout.instance(row.id);
+        let disk = wiring::disk(&self.parts.layout, row);
+        if row.spec.disk_in_memory {
+            files::create_own_folder(&self.parts.layout.memory, 0o700)?;
+        }
         let base = image.disk();
         let row = row.clone();
         let user_data = order.user_data.clone();
         let timezone = order.request.timezone.clone();
         let write = move || {
             files::create_folder(&folder, 0o700)?;
-            overlay::create(&folder.join(DISK), row.spec.disk, &base)?;
+            // A launch that could not start warm has made one already.
+            files::remove_file(&disk)?;
+            match layer {
+                Some((layer, size)) => overlay::create_on_layer(&disk, size, &layer)?,
+                None => overlay::create(&disk, row.spec.disk, &base)?,
+            }
             let keys = InstanceKeys::generate()?;
             keys.store(&folder)?;
             let seed = seed::build(&SeedSpec {
@@ -274,13 +360,15 @@ impl Service {
             }
             files::sync_folder(&folder)
         };
-        tokio::task::spawn_blocking(write).await.map_err(|err| {
-            Error::internal("Writing the instance's files failed").with_source(err)
-        })?
+        super::blocking(write).await
     }
 
     /// Gives the instance its task.
-    fn own(&self, instance: &Arc<Instance>, image: Arc<Image>) -> Result<Machine<QemuDriver>> {
+    pub(super) fn own(
+        &self,
+        instance: &Arc<Instance>,
+        image: Arc<Image>,
+    ) -> Result<Machine<QemuDriver>> {
         let mut config = self.machine_config(instance, image)?;
         // In the database it stays `creating` until it starts: what is cut off before is undone.
         config.snapshot.state = InstanceState::Stopped;
@@ -299,6 +387,7 @@ impl Service {
         let setup = wiring::setup(&self.parts.layout, &row, &image);
         let wiring = HostWiring {
             service: self.clone(),
+            instance: Arc::downgrade(instance),
             nic: wiring::nic(&row),
             slot: row.slot,
             _image: image,
@@ -328,22 +417,53 @@ impl Service {
     }
 }
 
-fn phase_time(phase: Phase, began: Instant) -> PhaseTime {
+pub(super) fn phase_time(phase: Phase, began: Instant) -> PhaseTime {
     PhaseTime {
         phase,
         milliseconds: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
     }
 }
 
-/// Everything that can be wrong with a request without looking at the host.
-fn check(mut request: LaunchRequest) -> Result<Order> {
-    let source = request
-        .image
-        .clone()
+impl Order {
+    pub(super) fn shape(&self, image: &Image) -> Shape {
+        Shape {
+            image: image.digest().clone(),
+            cpus: self.wanted.cpus,
+            memory: self.wanted.memory,
+        }
+    }
+}
+
+impl Wanted {
+    /// Opens the image's file with the caller's rights: from here on it is the very file that the
+    /// caller may read, whatever its name leads to later.
+    pub(super) fn open_as(&mut self, mode: &super::Mode, peer: Peer) -> Result<()> {
+        if let ImageRef::File(path) = &self.image
+            && let Some(file) = super::images::open_as(mode, peer, path)?
+        {
+            self.image = ImageRef::File(format!("/proc/self/fd/{}", file.as_raw_fd()).into());
+            self.file = Some(file);
+        }
+        Ok(())
+    }
+}
+
+/// The disk that a guest gets if nobody says.
+pub(super) fn default_disk(image_size: Size) -> Size {
+    DEFAULT_DISK.max(image_size)
+}
+
+/// What can be wrong with an image's name and a shape.
+pub(super) fn check_shape(
+    image: Option<String>,
+    cpus: Option<u32>,
+    memory: Option<Size>,
+) -> Result<Wanted> {
+    let source = image
         .filter(|image| !image.is_empty())
         .unwrap_or_else(|| DEFAULT_IMAGE.to_owned());
     let image = source.parse()?;
-    let cpus = request.cpus.unwrap_or(1);
+    let cpus = cpus.unwrap_or(1);
     if cpus == 0 || cpus > MAX_CPUS {
         return Err(Error::new(
             Code::InvalidArgument,
@@ -351,10 +471,30 @@ fn check(mut request: LaunchRequest) -> Result<Order> {
         )
         .advise(format!("Give a number from 1 to {MAX_CPUS}.")));
     }
-    let memory = request.memory.unwrap_or(DEFAULT_MEMORY);
+    let memory = memory.unwrap_or(DEFAULT_MEMORY);
     at_least("memory", memory, MIN_MEMORY)?;
+    Ok(Wanted {
+        source,
+        image,
+        cpus,
+        // QEMU wants whole mebibytes.
+        memory: memory.round_up(1 << 20),
+        file: None,
+    })
+}
+
+/// Everything that can be wrong with a request without looking at the host.
+fn check(mut request: LaunchRequest) -> Result<Order> {
+    let wanted = check_shape(request.image.clone(), request.cpus, request.memory)?;
     if let Some(disk) = request.disk {
         at_least("disk", disk, MIN_DISK)?;
+    }
+    if request.disk_in_memory && request.lease.is_none() {
+        return Err(Error::new(
+            Code::InvalidArgument,
+            "A disk in memory is only for throw-away instances",
+        )
+        .advise("Give the launch a lease, or use `pileus run --tmpfs`."));
     }
     if let Some(zone) = &request.timezone {
         let ok = zone.len() <= 64
@@ -375,15 +515,11 @@ fn check(mut request: LaunchRequest) -> Result<Order> {
         None => None,
     };
     Ok(Order {
-        source,
-        image,
+        wanted,
         name: request.name.clone(),
-        cpus,
-        // QEMU wants whole mebibytes, a disk whole sectors.
-        memory: memory.round_up(1 << 20),
+        // A disk has whole sectors.
         disk: request.disk.map(|disk| disk.round_up(512)),
         user_data,
-        file: None,
         request,
     })
 }

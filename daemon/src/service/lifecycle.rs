@@ -122,13 +122,19 @@ impl Service {
         if let Err(err) = self.parts.network.detach(&super::wiring::nic(&row)) {
             tracing::warn!(instance = %row.name, %err, "its network entry can't be removed");
         }
+        // One whose launch broke off may have a VM that no task owns.
+        super::wiring::kill_leftover(&self.parts.layout, &row).await;
         files::remove_folder(&self.parts.layout.instance_run(row.id))?;
+        files::remove_file(&super::wiring::disk(&self.parts.layout, &row))?;
         files::remove_folder(&self.parts.layout.instance(row.id))?;
         self.parts
             .state
             .run(move |tx| state::instances::remove(tx, row.id))
             .await?;
         self.parts.registry.remove(row.id);
+        if let Err(err) = self.drop_unused(&row.spec.layers) {
+            tracing::warn!(%err, "a layer that nobody needs can't be removed");
+        }
         self.parts.hub.send(Event::InstancePurged {
             id: row.id,
             name: row.name,

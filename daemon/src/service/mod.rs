@@ -4,13 +4,20 @@
 //!
 //! Next step on the way of the data: `instances/src/machine/` and `images/src/`.
 
+pub(crate) mod admission;
 mod convert;
+mod fork;
 mod guest;
 mod images;
 mod launch;
+pub(crate) mod layers;
+mod leases;
 mod lifecycle;
 mod log;
 pub(crate) mod registry;
+pub(crate) mod settings;
+pub(crate) mod templates;
+mod warm;
 pub(crate) mod wiring;
 
 use std::collections::HashSet;
@@ -48,6 +55,11 @@ pub struct Parts {
     pub network: Arc<Network>,
     pub hypervisor: wiring::Finder,
     pub registry: Registry,
+    pub templates: Arc<templates::Shelf>,
+    /// Held while a template is made: one at a time.
+    pub building: tokio::sync::Mutex<()>,
+    pub settings: settings::Keeper,
+    pub admission: admission::Admission,
     pub broken: Vec<BrokenRow>,
     pub clock: fn() -> pileus_api::Timestamp,
 }
@@ -160,15 +172,25 @@ impl Service {
         let _ = tokio::time::timeout(Duration::from_secs(2), refresh).await;
     }
 
-    /// Digests of the images that instances stand on.
+    /// Digests of the images that instances and templates stand on.
     fn digests_in_use(&self) -> HashSet<pileus_base::Digest> {
-        self.parts
-            .registry
-            .all()
+        let instances = self.parts.registry.all();
+        let templates = self.parts.templates.all();
+        instances
             .iter()
             .filter_map(|instance| instance.row().spec.image.map(|image| image.digest))
+            .chain(templates.iter().map(|template| template.key.image.clone()))
             .collect()
     }
+}
+
+/// Work that blocks, off the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|err| pileus_base::Error::internal("Work broke off").with_source(err))?
 }
 
 fn describe(host: &Host) -> Hypervisor {

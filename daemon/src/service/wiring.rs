@@ -4,17 +4,18 @@ use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use pileus_base::{Error, Layout, Mac, Result};
 use pileus_images::Image;
-use pileus_instances::driver::{DirectBoot, Host, Setup, Wiring};
+use pileus_instances::driver::{DISK, DirectBoot, Host, Setup, Wiring};
 use pileus_instances::qemu::host::{KvmFacts, choose};
-use pileus_instances::qemu::{Accelerator, AcceleratorChoice, Confinement, Qemu};
+use pileus_instances::qemu::{Accelerator, AcceleratorChoice, Confinement, Paths, Qemu, process};
 use pileus_networks::{Network, Nic};
 use tokio::sync::Mutex;
 
 use super::Mode;
+use super::registry::Instance;
 use crate::state::instances::InstanceRow;
 
 /// The first of the user ids that QEMUs run as, one an instance. No entry in /etc/passwd is needed;
@@ -23,6 +24,8 @@ const FIRST_UID: u32 = 0x7000_0000;
 /// The same inside a user's namespace, which has 65536 ids.
 const FIRST_UID_INSIDE: u32 = 40_000;
 const MOST_INSIDE: u32 = 20_000;
+/// The slot of the machine that a template is made of. Instances take the lowest ones.
+pub const TEMPLATE_SLOT: u32 = MOST_INSIDE - 1;
 
 /// Finds QEMU when it is first needed, and again until it is there: installing it needs no restart.
 pub struct Finder {
@@ -71,14 +74,6 @@ pub fn nic(row: &InstanceRow) -> Nic {
 
 /// What a start of the instance needs.
 pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Setup {
-    let direct_boot = match (image.kernel(), image.cmdline()) {
-        (Some(kernel), Some(cmdline)) => Some(DirectBoot {
-            kernel,
-            initrd: image.initrd(),
-            cmdline: cmdline.to_owned(),
-        }),
-        _ => None,
-    };
     Setup {
         name: row.name.clone(),
         id: row.id,
@@ -86,7 +81,8 @@ pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Setup {
         memory: row.spec.memory,
         machine_type: row.spec.machine_type.clone(),
         base: image.disk(),
-        direct_boot,
+        direct_boot: direct_boot(image),
+        ends_with_daemon: row.lease.is_some(),
         folder: layout.instance(row.id),
         run: layout.instance_run(row.id),
         mac: row.mac,
@@ -94,9 +90,41 @@ pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Setup {
     }
 }
 
+/// Kernel and initrd beside an image.
+pub fn direct_boot(image: &Image) -> Option<DirectBoot> {
+    let (Some(kernel), Some(cmdline)) = (image.kernel(), image.cmdline()) else {
+        return None;
+    };
+    Some(DirectBoot {
+        kernel,
+        initrd: image.initrd(),
+        cmdline: cmdline.to_owned(),
+    })
+}
+
+/// The instance's own layer.
+pub fn disk(layout: &Layout, row: &InstanceRow) -> PathBuf {
+    match row.spec.disk_in_memory {
+        true => layout.memory.join(format!("{}.qcow2", row.id)),
+        false => layout.instance(row.id).join(DISK),
+    }
+}
+
+/// Ends a VM that no task owns: its launch or its deletion was interrupted.
+pub async fn kill_leftover(layout: &Layout, row: &InstanceRow) {
+    let paths = Paths::of(&layout.instance_run(row.id), &layout.instance(row.id));
+    if let Some(found) = process::find(&paths, row.id) {
+        if let Err(err) = process::kill(found) {
+            tracing::error!(instance = %row.name, %err, "its VM can't be ended");
+        }
+        let _ = process::wait_exit(found).await;
+    }
+}
+
 /// One instance's wiring.
 pub struct HostWiring {
     pub service: super::Service,
+    pub instance: Weak<Instance>,
     pub nic: Nic,
     pub slot: u32,
     /// Keeps the image in the store while the instance's task lives.
@@ -128,26 +156,39 @@ impl Wiring for HostWiring {
         })
     }
 
-    fn confinement(&self, accelerator: Accelerator) -> Option<Confinement> {
-        let first = match &self.service.parts().mode {
-            Mode::System => FIRST_UID,
-            Mode::User(entered) if entered.full_uid_map && self.slot < MOST_INSIDE => {
-                FIRST_UID_INSIDE
-            }
-            // Only the user's own id exists: QEMU stays what the user is.
-            Mode::User(_) => return None,
+    fn layers(&self) -> Vec<PathBuf> {
+        // The instance holds the task that asks: it is there.
+        let Some(instance) = self.instance.upgrade() else {
+            return Vec::new();
         };
-        let uid = first + self.slot;
-        let groups = match accelerator {
-            Accelerator::Kvm => kvm_group().into_iter().collect(),
-            Accelerator::Tcg => Vec::new(),
-        };
-        Some(Confinement {
-            uid,
-            gid: uid,
-            groups,
-        })
+        let (row, layout) = (instance.row(), &self.service.parts().layout);
+        let below = row.spec.layers.iter().map(|layer| layout.layer(layer.0));
+        below.chain([disk(layout, &row)]).collect()
     }
+
+    fn confinement(&self, accelerator: Accelerator) -> Option<Confinement> {
+        confinement(&self.service.parts().mode, self.slot, accelerator)
+    }
+}
+
+/// The user that the QEMU with this slot runs as.
+pub fn confinement(mode: &Mode, slot: u32, accelerator: Accelerator) -> Option<Confinement> {
+    let first = match mode {
+        Mode::System => FIRST_UID,
+        Mode::User(entered) if entered.full_uid_map && slot < MOST_INSIDE => FIRST_UID_INSIDE,
+        // Only the user's own id exists: QEMU stays what the user is.
+        Mode::User(_) => return None,
+    };
+    let uid = first + slot;
+    let groups = match accelerator {
+        Accelerator::Kvm => kvm_group().into_iter().collect(),
+        Accelerator::Tcg => Vec::new(),
+    };
+    Some(Confinement {
+        uid,
+        gid: uid,
+        groups,
+    })
 }
 
 fn kvm_group() -> Option<u32> {

@@ -117,7 +117,10 @@ mod tests {
                 assert_eq!(demand.failure.as_deref(), Some("no space"));
                 record(tx, &shape, now, None)?;
                 assert_eq!(get(tx, &shape)?.failed_at, None);
-                let other = Shape { cpus: 2, ..shape.clone() };
+                let other = Shape {
+                    cpus: 2,
+                    ..shape.clone()
+                };
                 assert_eq!(get(tx, &other)?, Demand::default());
                 forget(tx, &shape)?;
                 assert_eq!(get(tx, &shape)?, Demand::default());

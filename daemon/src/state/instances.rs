@@ -37,23 +37,15 @@ pub struct Spec {
     /// The layers between the image and its own disk, the lowest first. Shared, never written.
     #[serde(default)]
     pub layers: Vec<Layer>,
-    /// A layer that is being made of its disk (`service/fork.rs`).
-    #[serde(default)]
-    pub freezing: Option<Uuid>,
     /// Its disk lies in memory.
     #[serde(default)]
     pub disk_in_memory: bool,
 }
 
-/// A read-only qcow2 file that instances stand on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Layer {
-    /// The disk of the template with this id.
-    Template(String),
-    /// A disk that was frozen: `data/layers/ID.qcow2`.
-    Frozen(Uuid),
-}
+/// A read-only qcow2 file that instances or templates stand on: `data/layers/ID.qcow2`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Layer(pub Uuid);
 
 pub fn booted_cold() -> Origin {
     Origin::Cold { reason: None }
@@ -317,8 +309,7 @@ pub(crate) mod tests {
                 firmware_boot: false,
                 booted: false,
                 origin: booted_cold(),
-                layers: vec![Layer::Template("0123".into()), Layer::Frozen(Uuid::nil())],
-                freezing: None,
+                layers: vec![Layer(Uuid::nil())],
                 disk_in_memory: false,
             },
             process: None,

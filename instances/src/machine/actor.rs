@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::driver::{Driver, TRIM_EVERY, Vm, VmEvent};
+use super::driver::{Driver, Freeze, Frozen, TRIM_EVERY, Vm, VmEvent};
 use super::rules::{Ask, Decision, decide, refusal};
 use super::{BOOT_TIMEOUT, Config, GuestSlot, Request, Snapshot, lock};
 
@@ -140,6 +140,22 @@ impl<D: Driver> Actor<D> {
                 let done = self.restart(timeout, &report, &token).await;
                 let _ = reply.send(done);
             }
+            Request::Freeze { freeze, reply } => {
+                let done = self.freeze(freeze).await;
+                let _ = reply.send(done);
+            }
+        }
+    }
+
+    async fn freeze(&mut self, freeze: Freeze) -> Result<Frozen> {
+        self.permit(Ask::Freeze)?;
+        match &self.vm {
+            Some(vm) => vm.freeze(freeze).await,
+            None => Err(refusal(
+                &self.config.name,
+                self.config.snapshot.state,
+                Ask::Freeze,
+            )),
         }
     }
 

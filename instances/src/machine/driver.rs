@@ -1,6 +1,8 @@
 //! What a hypervisor must do for an instance's task. QEMU's driver is `instances/src/driver.rs`.
 
+use std::fs::File;
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use pileus_api::{CloudInit, GuestReport};
@@ -8,6 +10,7 @@ use pileus_base::process::ProcessId;
 use pileus_base::{Reporter, Result};
 
 use super::Snapshot;
+use crate::qemu::Stream;
 
 /// Starts the VM of one instance, and tidies up after it.
 pub trait Driver: Send + Sync + 'static {
@@ -48,11 +51,31 @@ pub trait Vm: Send + Sync + 'static {
     /// Lets the processors run again after a disk error halted them.
     fn resume(&self) -> impl Future<Output = Result<()>> + Send;
 
+    /// Halts the guest, puts a new layer over its disk, writes its devices and memory to a file, and
+    /// lets it go on, whatever happened.
+    fn freeze(&self, freeze: Freeze) -> impl Future<Output = Result<Frozen>> + Send;
+
     /// Ends the VM now, whatever state it is in, and waits until it is gone.
     fn kill(&self) -> impl Future<Output = ()> + Send;
 
     /// The next thing that happens. Dropping the future loses nothing. After `Exited` nothing comes.
     fn next(&mut self) -> impl Future<Output = VmEvent> + Send;
+}
+
+/// What a frozen machine is written to.
+#[derive(Debug)]
+pub struct Freeze {
+    /// An empty qcow2 file that takes the guest's writes from now on.
+    pub layer: PathBuf,
+    /// An empty file for devices and memory.
+    pub memory: File,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Frozen {
+    pub stream: Stream,
+    /// How long the guest stood still.
+    pub paused: Duration,
 }
 
 #[derive(Debug, Clone, PartialEq)]

@@ -27,7 +27,7 @@ mod driver;
 mod events;
 mod rules;
 
-pub use driver::{Driver, GuestEvent, Journal, Vm, VmEvent};
+pub use driver::{Driver, Freeze, Frozen, GuestEvent, Journal, Vm, VmEvent};
 pub use rules::{Ask, Decision, decide};
 
 use std::net::Ipv4Addr;
@@ -110,6 +110,10 @@ pub(crate) enum Request<D: Driver> {
         timeout: Duration,
         report: Reporter,
         reply: oneshot::Sender<Result<()>>,
+    },
+    Freeze {
+        freeze: Freeze,
+        reply: oneshot::Sender<Result<Frozen>>,
     },
 }
 
@@ -233,6 +237,11 @@ impl<D: Driver> Machine<D> {
             reply,
         })
         .await
+    }
+
+    /// Saves a running instance to files; it stands still meanwhile.
+    pub async fn freeze(&self, freeze: Freeze) -> Result<Frozen> {
+        self.ask(|reply| Request::Freeze { freeze, reply }).await
     }
 
     /// What reaches the guest, if there is a VM.

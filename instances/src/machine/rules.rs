@@ -11,6 +11,8 @@ pub enum Ask {
     Stop,
     ForceStop,
     Restart,
+    /// Saving it while it runs.
+    Freeze,
     /// Commands, files.
     Guest,
 }
@@ -26,19 +28,19 @@ pub enum Decision {
 /// The rule. The task takes requests one after the other, so the states in between (`starting`,
 /// `stopping`, …) are only met when an earlier request failed half-way.
 pub fn decide(state: InstanceState, ask: Ask) -> Decision {
-    use Ask::{ForceStop, Guest, Restart, Start, Stop};
+    use Ask::{ForceStop, Freeze, Guest, Restart, Start, Stop};
     use Decision::{Do, Nothing, Refuse};
     use InstanceState as S;
     match (state, ask) {
         (S::Creating, _) => Refuse,
         (S::Stopped, Start) => Do,
         (S::Stopped, Stop | ForceStop) => Nothing,
-        (S::Stopped, Restart | Guest) => Refuse,
+        (S::Stopped, Restart | Freeze | Guest) => Refuse,
         (S::Running, Start) => Nothing,
-        (S::Running, Stop | ForceStop | Restart | Guest) => Do,
-        (S::Unknown, Start | Restart) => Refuse,
+        (S::Running, Stop | ForceStop | Restart | Freeze | Guest) => Do,
+        (S::Unknown, Start | Restart | Freeze) => Refuse,
         (S::Unknown, Stop | ForceStop | Guest) => Do,
-        (S::Starting | S::Restarting | S::Stopping, Start | Restart) => Refuse,
+        (S::Starting | S::Restarting | S::Stopping, Start | Restart | Freeze) => Refuse,
         (S::Starting | S::Restarting | S::Stopping, Stop | ForceStop | Guest) => Do,
     }
 }
@@ -87,6 +89,7 @@ mod tests {
                 Ask::Stop,
                 Ask::ForceStop,
                 Ask::Restart,
+                Ask::Freeze,
                 Ask::Guest,
             ] {
                 table += match decide(state, ask) {
@@ -100,13 +103,13 @@ mod tests {
         assert_eq!(
             table,
             "\
-creating   refuse  refuse  refuse  refuse  refuse
-stopped    do      nothing nothing refuse  refuse
-starting   refuse  do      do      refuse  do
-running    nothing do      do      do      do
-restarting refuse  do      do      refuse  do
-stopping   refuse  do      do      refuse  do
-unknown    refuse  do      do      refuse  do
+creating   refuse  refuse  refuse  refuse  refuse  refuse
+stopped    do      nothing nothing refuse  refuse  refuse
+starting   refuse  do      do      refuse  refuse  do
+running    nothing do      do      do      do      do
+restarting refuse  do      do      refuse  refuse  do
+stopping   refuse  do      do      refuse  refuse  do
+unknown    refuse  do      do      refuse  refuse  do
 "
         );
     }
@@ -115,7 +118,7 @@ unknown    refuse  do      do      refuse  do
     fn every_refusal_says_what_to_do() {
         let name: InstanceName = "foo".parse().unwrap();
         for state in InstanceState::ALL {
-            for ask in [Ask::Start, Ask::Restart, Ask::Guest] {
+            for ask in [Ask::Start, Ask::Restart, Ask::Freeze, Ask::Guest] {
                 let error = refusal(&name, state, ask);
                 assert!(error.message.contains("foo") && error.advice.is_some());
             }

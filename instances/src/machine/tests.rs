@@ -70,6 +70,14 @@ impl Vm for FakeVm {
         Ok(())
     }
 
+    async fn freeze(&self, _freeze: Freeze) -> Result<Frozen> {
+        self.calls.lock().unwrap().push("freeze");
+        Ok(Frozen {
+            stream: crate::qemu::Stream::Plain,
+            paused: Duration::ZERO,
+        })
+    }
+
     async fn kill(&self) {
         self.calls.lock().unwrap().push("kill");
     }

@@ -1,0 +1,308 @@
+//! Fork: clones of a running instance with its memory. The instance stands still while its memory is
+//! written to a file; then each clone loads it, lets the old NIC go and is given an identity of its own.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pileus_api::{ForkReply, ForkRequest, InstanceState, OperationKind, Origin, PhaseTime};
+use pileus_base::{Code, Error, InstanceName, Phase, Reporter, Result, ResultExt, Size, files};
+use pileus_images::overlay;
+use pileus_instances::guest::clone::CloneMode;
+use pileus_instances::guest::keys::InstanceKeys;
+use pileus_instances::guest::seed::{self, SeedNic, SeedSpec};
+use pileus_instances::machine::{BOOT_TIMEOUT, Freeze, Frozen};
+use pileus_instances::warm::{self, SavedWhole};
+
+use super::admission::Start;
+use super::registry::Instance;
+use super::{Service, wiring};
+use crate::state::instances::InstanceRow;
+
+const MOST: u32 = 100;
+/// The device state beside the memory, and some room.
+const STATE_ROOM: u64 = 16 << 20;
+
+impl Service {
+    pub async fn fork(&self, name: &str, request: ForkRequest) -> Result<ForkReply> {
+        let source = self.parts.registry.get_usable(name)?;
+        let row = source.row();
+        if source.machine()?.snapshot().state != InstanceState::Running {
+            return Err(Error::new(
+                Code::WrongState,
+                format!("Instance '{name}' is not running"),
+            )
+            .advise(format!("Start it with `pileus start {name}`.")));
+        }
+        if row.spec.disk_in_memory {
+            return Err(Error::new(
+                Code::WrongState,
+                format!("Instance '{name}' can't be forked: its disk lies in memory"),
+            ));
+        }
+        let names = names(&row.name, &request, &self.taken_names())?;
+        let mut clones = Vec::new();
+        for name in &names {
+            let spec = row.spec.clone();
+            match self.reserve_row(Some(name.clone()), spec, None).await {
+                Ok(clone) => clones.push(clone),
+                Err(err) => {
+                    for clone in &clones {
+                        self.undo(clone).await;
+                    }
+                    return Err(err);
+                }
+            }
+        }
+        let service = self.clone();
+        let made = clones.clone();
+        let begun = self
+            .parts
+            .operations
+            .begin(OperationKind::Fork, name, |report| async move {
+                service.carry_out_fork(&source, &made, &report).await
+            })
+            .await;
+        match begun {
+            Ok(operation) => Ok(ForkReply { operation, names }),
+            Err(err) => {
+                for clone in &clones {
+                    self.undo(clone).await;
+                }
+                Err(err)
+            }
+        }
+    }
+
+    fn taken_names(&self) -> Vec<String> {
+        let all = self.parts.registry.all();
+        all.iter().map(|i| i.row().name.to_string()).collect()
+    }
+
+    async fn carry_out_fork(
+        &self,
+        source: &Arc<Instance>,
+        clones: &[Arc<Instance>],
+        report: &Reporter,
+    ) -> Result<()> {
+        let frozen = self.freeze(source, report).await;
+        let (memory, frozen) = match frozen {
+            Ok(frozen) => frozen,
+            Err(err) => {
+                for clone in clones {
+                    self.undo(clone).await;
+                }
+                return Err(err);
+            }
+        };
+        let mut first_error = None;
+        for (done, clone) in clones.iter().enumerate() {
+            report.progress(done as u64, Some(clones.len() as u64));
+            let wanted = report.check().is_ok();
+            let forked = match wanted {
+                true => {
+                    self.fork_one(source, clone, &memory.0, frozen, report)
+                        .await
+                }
+                false => Err(Error::new(Code::Cancelled, "The operation was cancelled")),
+            };
+            if let Err(err) = forked {
+                self.undo(clone).await;
+                first_error.get_or_insert(err);
+            }
+        }
+        first_error.map_or(Ok(()), Err)
+    }
+
+    /// Takes the instance's memory and disk. It stands still for as long as the memory is written.
+    async fn freeze(
+        &self,
+        source: &Arc<Instance>,
+        report: &Reporter,
+    ) -> Result<(MemoryFile, Frozen)> {
+        let row = source.row();
+        let folder = self.parts.layout.instance(row.id);
+        let free = files::free_space(&folder)?;
+        let need = row.spec.memory.bytes() + STATE_ROOM;
+        if free < need {
+            return Err(Error::new(
+                Code::NoSpace,
+                format!(
+                    "A fork writes up to {} of memory to {}, and {} are free",
+                    Size(need),
+                    folder.display(),
+                    Size(free)
+                ),
+            ));
+        }
+        let (_, disk) = self.freeze_disk(source).await?;
+        let memory = MemoryFile(folder.join("fork.memory"));
+        files::remove_file(&memory.0)?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&memory.0)
+            .io(format_args!("Creating {}", memory.0.display()))?;
+        files::set_mode(&memory.0, 0o600)?;
+        report.phase(Phase::Forking);
+        let freeze = Freeze {
+            layer: disk,
+            memory: file,
+        };
+        let frozen = source.machine()?.freeze(freeze).await?;
+        report.log(format!(
+            "'{}' stood still for {} ms",
+            row.name,
+            frozen.paused.as_millis()
+        ));
+        Ok((memory, frozen))
+    }
+
+    async fn fork_one(
+        &self,
+        source: &Arc<Instance>,
+        clone: &Arc<Instance>,
+        memory: &std::path::Path,
+        frozen: Frozen,
+        report: &Reporter,
+    ) -> Result<()> {
+        let from = source.row();
+        let _promise = self.parts.admission.admit(from.spec.memory, Start::Cold)?;
+        let Some(image) = &from.spec.image else {
+            return Err(wiring::no_image(&from));
+        };
+        let image = self
+            .parts
+            .store
+            .get(&image.digest)
+            .ok_or_else(|| wiring::no_image(&from))?;
+        let row = clone
+            .change(|row| {
+                row.spec.layers.clone_from(&from.spec.layers);
+                row.spec.origin = Origin::Fork {
+                    of: from.name.clone(),
+                };
+            })
+            .await?;
+        self.write_fork_files(&from, &row).await?;
+        let keys = InstanceKeys::load(&self.parts.layout.instance(row.id))?;
+        let saved = SavedWhole {
+            memory: File::open(memory).io("Opening a fork's memory")?,
+            stream: frozen.stream,
+            nic: from.mac,
+            identity: self.identity_of(&row, keys, CloneMode::Full),
+        };
+        let driver = self.machine_config(clone, image.clone())?.driver;
+        let (vm, phases) = warm::restore_whole(&driver, saved, report).await?;
+        let machine = self.own(clone, image)?;
+        let phases: Vec<PhaseTime> = phases;
+        machine
+            .start_with(vm, BOOT_TIMEOUT, phases, report.clone())
+            .await
+    }
+
+    /// A disk on the source's layers, keys and a seed of its own.
+    async fn write_fork_files(&self, from: &InstanceRow, row: &InstanceRow) -> Result<()> {
+        let folder = self.parts.layout.instance(row.id);
+        let disk = wiring::disk(&self.parts.layout, row);
+        let top = row.spec.layers.last().map(|l| self.parts.layout.layer(l.0));
+        let top = top.ok_or_else(|| Error::internal("A fork has no layer below it"))?;
+        let user_data = self.parts.layout.instance(from.id).join("user-data");
+        let row = row.clone();
+        let write = move || {
+            files::create_folder(&folder, 0o700)?;
+            overlay::create_on_layer(&disk, row.spec.disk, &top)?;
+            let keys = InstanceKeys::generate()?;
+            keys.store(&folder)?;
+            let user_data = match user_data.exists() {
+                true => Some(files::read_bounded(&user_data, 16 << 20)?),
+                false => None,
+            };
+            let seed = seed::build(&SeedSpec {
+                instance_id: &row.id.to_string(),
+                hostname: row.name.as_str(),
+                user_data: user_data.as_deref(),
+                nics: &[SeedNic {
+                    mac: row.mac.to_string(),
+                    optional: false,
+                }],
+                keys: &keys,
+                timezone: None,
+            })?;
+            files::write_atomic(&folder.join(pileus_instances::driver::SEED), &seed, 0o600)
+        };
+        super::blocking(write).await
+    }
+}
+
+/// The file of a fork's memory; goes when the last clone has it.
+struct MemoryFile(PathBuf);
+
+impl Drop for MemoryFile {
+    fn drop(&mut self) {
+        if let Err(err) = files::remove_file(&self.0) {
+            tracing::warn!(%err, "a fork's memory can't be removed");
+        }
+    }
+}
+
+/// The clones' names: those that were given, then NAME-fork1, NAME-fork2, … as far as they are free.
+fn names(
+    source: &InstanceName,
+    request: &ForkRequest,
+    taken: &[String],
+) -> Result<Vec<InstanceName>> {
+    let given = u32::try_from(request.names.len()).unwrap_or(u32::MAX);
+    let count = request.count.unwrap_or(given.max(1));
+    if count == 0 || count > MOST || count < given {
+        return Err(Error::new(
+            Code::InvalidArgument,
+            format!("{count} is no possible number of clones"),
+        )
+        .advise(format!("Give 1 to {MOST}, and not more names than clones.")));
+    }
+    let mut names = request.names.clone();
+    let mut number = 0;
+    while names.len() < count as usize {
+        number += 1;
+        let name: InstanceName = format!("{source}-fork{number}").parse()?;
+        let is_taken = |other: &str| other.eq_ignore_ascii_case(name.as_str());
+        if !taken.iter().any(|t| is_taken(t)) && !names.iter().any(|n| is_taken(n.as_str())) {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clones_are_named_after_their_source() {
+        let source: InstanceName = "foo".parse().unwrap();
+        let ask = |count: Option<u32>, given: &[&str], taken: &[&str]| {
+            let request = ForkRequest {
+                count,
+                names: given.iter().map(|n| n.parse().unwrap()).collect(),
+            };
+            let taken: Vec<String> = taken.iter().map(|t| (*t).to_owned()).collect();
+            let names = names(&source, &request, &taken)?;
+            Ok::<_, Error>(names.iter().map(ToString::to_string).collect::<Vec<_>>())
+        };
+        assert_eq!(ask(None, &[], &[]).unwrap(), ["foo-fork1"]);
+        assert_eq!(
+            ask(Some(2), &[], &["FOO-FORK1"]).unwrap(),
+            ["foo-fork2", "foo-fork3"]
+        );
+        assert_eq!(ask(None, &["a", "b"], &[]).unwrap(), ["a", "b"]);
+        assert_eq!(
+            ask(Some(3), &["a", "foo-fork1"], &[]).unwrap(),
+            ["a", "foo-fork1", "foo-fork2"]
+        );
+        for (count, given) in [(0, vec![]), (101, vec![]), (1, vec!["a", "b"])] {
+            assert!(ask(Some(count), &given, &[]).is_err());
+        }
+    }
+}

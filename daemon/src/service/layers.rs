@@ -1,0 +1,171 @@
+//! Layers: qcow2 files below the instances' own disks, shared and never written. An instance's disk is
+//! frozen into one when it is forked.
+//!
+//! The row is committed before the files move, and each half-way state of the files can be told from
+//! the others, so that a start after a crash goes on or goes back ([`settle`]):
+//!
+//! ```text
+//!   row names L, no file L                     nothing moved yet: L is struck from the row
+//!   file L, no disk.qcow2                      the new disk is given its name
+//!   file L, disk.qcow2                         done
+//! ```
+//!
+//! Between these steps and QEMU's own change to the new top the VM writes to L, which nobody else stands
+//! on yet; the new disk is empty then, so the chain is right at every moment.
+
+use std::path::{Path, PathBuf};
+
+use pileus_base::{Layout, Result, ResultExt, Size, files};
+use pileus_images::overlay;
+use uuid::Uuid;
+
+use super::Service;
+use super::registry::Instance;
+use super::wiring;
+use crate::state::instances::{InstanceRow, Layer};
+
+fn next(disk: &Path) -> PathBuf {
+    disk.with_extension("next")
+}
+
+impl Service {
+    /// Makes the instance's disk a layer and gives it an empty disk on top. Returns the new layer and the
+    /// new disk's path, for the VM that has to change over.
+    pub(super) async fn freeze_disk(&self, instance: &Instance) -> Result<(Layer, PathBuf)> {
+        let layer = Layer(Uuid::new_v4());
+        let row = instance.change(|row| row.spec.layers.push(layer)).await?;
+        let layout = self.parts.layout.clone();
+        let disk = wiring::disk(&layout, &row);
+        let (size, moved) = (row.spec.disk, disk.clone());
+        let work = move || freeze(&layout, &moved, layer, size);
+        if let Err(err) = super::blocking(work).await {
+            instance
+                .change(|row| row.spec.layers.retain(|l| *l != layer))
+                .await?;
+            return Err(err);
+        }
+        Ok((layer, disk))
+    }
+}
+
+fn freeze(layout: &Layout, disk: &Path, layer: Layer, size: Size) -> Result<()> {
+    let frozen = layout.layer(layer.0);
+    let next = next(disk);
+    files::remove_file(&next)?;
+    overlay::create_on_layer(&next, size, &frozen)?;
+    std::fs::rename(disk, &frozen).io(format_args!("Freezing {}", disk.display()))?;
+    files::sync_folder(&layout.layers())?;
+    std::fs::rename(&next, disk).io(format_args!("Renaming {}", next.display()))?;
+    match disk.parent() {
+        Some(folder) => files::sync_folder(folder),
+        None => Ok(()),
+    }
+}
+
+/// Puts right what a crash left of a freeze. Returns whether the row has changed.
+pub(crate) fn settle(layout: &Layout, row: &mut InstanceRow) -> Result<bool> {
+    let disk = wiring::disk(layout, row);
+    let next = next(&disk);
+    let Some(top) = row.spec.layers.last().copied() else {
+        return Ok(false);
+    };
+    if !layout.layer(top.0).exists() && disk.exists() {
+        tracing::warn!(instance = %row.name, "a fork was cut off before it began: it is undone");
+        row.spec.layers.pop();
+        files::remove_file(&next)?;
+        return Ok(true);
+    }
+    if !disk.exists() && next.exists() {
+        tracing::warn!(instance = %row.name, "a fork was cut off half-way: its disk is put right");
+        std::fs::rename(&next, &disk).io(format_args!("Renaming {}", next.display()))?;
+    }
+    Ok(false)
+}
+
+/// Removes the files that no row and no template knows: what a crash left.
+pub(crate) fn sweep(layout: &Layout, needed: &dyn Fn(Layer) -> bool) -> Result<()> {
+    let folder = layout.layers();
+    let what = format!("Looking through {}", folder.display());
+    for entry in std::fs::read_dir(&folder).io(&what)? {
+        let path = entry.io(&what)?.path();
+        let id = path
+            .file_stem()
+            .and_then(|stem| stem.to_str()?.parse().ok());
+        if let Some(id) = id
+            && !needed(Layer(id))
+        {
+            tracing::warn!(%id, "a layer that nobody stands on is removed");
+            files::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::instances::tests::row;
+
+    /// A disk whose freeze is cut off after `steps` of its steps.
+    fn cut_off(steps: u32) -> (tempfile::TempDir, Layout, InstanceRow, Layer) {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::below(dir.path(), 0);
+        files::create_folder(&layout.layers(), 0o700).unwrap();
+        let mut row = row("foo", 1);
+        row.spec.layers.clear();
+        let folder = layout.instance(row.id);
+        files::create_folder(&folder, 0o700).unwrap();
+        let disk = wiring::disk(&layout, &row);
+        std::fs::write(&disk, "the guest's data").unwrap();
+        let layer = Layer(Uuid::new_v4());
+        row.spec.layers.push(layer);
+        let size = Size::gib(1);
+        if steps >= 1 {
+            overlay::create_on_layer(&next(&disk), size, &layout.layer(layer.0)).unwrap();
+        }
+        if steps >= 2 {
+            std::fs::rename(&disk, layout.layer(layer.0)).unwrap();
+        }
+        if steps >= 3 {
+            std::fs::rename(next(&disk), &disk).unwrap();
+        }
+        (dir, layout, row, layer)
+    }
+
+    #[test]
+    fn a_freeze_that_was_cut_off_is_undone_or_finished() {
+        for steps in 0..=3 {
+            let (_dir, layout, mut row, layer) = cut_off(steps);
+            let changed = settle(&layout, &mut row).unwrap();
+            let disk = wiring::disk(&layout, &row);
+            assert_eq!(changed, steps < 2, "{steps}");
+            let data = match steps < 2 {
+                true => {
+                    assert!(row.spec.layers.is_empty());
+                    disk.clone()
+                }
+                false => {
+                    assert_eq!(row.spec.layers, [layer]);
+                    layout.layer(layer.0)
+                }
+            };
+            assert_eq!(std::fs::read_to_string(data).unwrap(), "the guest's data");
+            assert!(disk.exists() && !next(&disk).exists(), "{steps}");
+            // A second time nothing is left to do.
+            assert!(!settle(&layout, &mut row).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_freeze_as_a_whole() {
+        let (_dir, layout, row, _) = cut_off(0);
+        let layer = Layer(Uuid::new_v4());
+        let disk = wiring::disk(&layout, &row);
+        freeze(&layout, &disk, layer, Size::gib(1)).unwrap();
+        let frozen = std::fs::read_to_string(layout.layer(layer.0)).unwrap();
+        assert_eq!(frozen, "the guest's data");
+        assert!(std::fs::read(&disk).unwrap().starts_with(b"QFI\xfb"));
+        sweep(&layout, &|_| false).unwrap();
+        assert!(!layout.layer(layer.0).exists());
+    }
+}
