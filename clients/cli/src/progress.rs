@@ -99,7 +99,9 @@ impl Line {
                 if let Some(total) = progress.total {
                     if self.bar.length() != Some(total) {
                         self.style(match self.phase {
-                            Some(Phase::BuildingImage) => PERCENT,
+                            Some(Phase::BuildingImage | Phase::Forking | Phase::Restoring) => {
+                                PERCENT
+                            }
                             _ => BAR,
                         });
                         self.bar.set_length(total);

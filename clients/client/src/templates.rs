@@ -13,19 +13,20 @@ impl Client {
         self.get(routes::TEMPLATES).await
     }
 
+    /// One template, by its ID or the ID's first digits.
     pub async fn template(&self, id: &str) -> Result<Template> {
         self.get(&routes::fill(routes::TEMPLATE, id)).await
     }
 
-    /// Boots a machine and saves it; the operation's target is the template's ID.
+    /// Boots a machine and saves it; the operation's target is the image.
     pub async fn create_template(&self, request: &TemplateRequest) -> Result<Operation> {
         self.post(routes::TEMPLATES, request).await
     }
 
-    pub async fn delete_template(&self, id: &str) -> Result<()> {
+    /// Deletes a template, by its ID or the ID's first digits.
+    pub async fn delete_template(&self, id: &str) -> Result<PrunedTemplate> {
         let path = routes::fill(routes::TEMPLATE, id);
-        self.send(self.request(Method::DELETE, &path)).await?;
-        Ok(())
+        self.answer(self.request(Method::DELETE, &path)).await
     }
 
     /// Removes the templates that no launch would use any more, or all that can go.

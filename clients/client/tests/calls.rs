@@ -262,3 +262,84 @@ async fn a_session_talks_both_ways_and_its_break_is_an_error() {
         .unwrap_err();
     assert_eq!(err.code, Code::InstanceNotFound);
 }
+
+#[tokio::test]
+async fn a_port_ends_by_direction() {
+    let router = Router::new()
+        .route(
+            "/v1/instances/foo/port",
+            get(async |uri: axum::http::Uri, upgrade: WebSocketUpgrade| {
+                let query = uri.query().unwrap_or_default().to_owned();
+                upgrade.on_upgrade(async move |mut socket| {
+                    let mut all = Vec::from(query);
+                    while let Some(Ok(Message::Binary(bytes))) = socket.recv().await {
+                        if bytes.is_empty() {
+                            break;
+                        }
+                        all.extend_from_slice(&bytes);
+                    }
+                    for bytes in [all.into(), "".into()] {
+                        socket.send(Message::Binary(bytes)).await.unwrap();
+                    }
+                })
+            }),
+        )
+        .route(
+            "/v1/instances/bar/port",
+            get(async || {
+                let error = Error::new(Code::GuestUnreachable, "Nothing listens").into();
+                (StatusCode::BAD_GATEWAY, Json(ErrorReply { error }))
+            }),
+        );
+    let (client, _dir) = serve(router).await;
+    let (mut input, mut output) = client.port("foo", 80).await.unwrap();
+    // No bytes are not the end.
+    input.send("".into()).await.unwrap();
+    input.send("+a".into()).await.unwrap();
+    input.send("b".into()).await.unwrap();
+    input.end().await.unwrap();
+    assert_eq!(output.next().await.unwrap().unwrap(), "port=80+ab");
+    assert_eq!(output.next().await.unwrap(), None);
+    // Beyond the end there is only the break.
+    assert!(output.next().await.is_err());
+    let err = client.port("bar", 80).await.unwrap_err();
+    assert_eq!(err.code, Code::GuestUnreachable);
+    assert!(client.port("a/b", 80).await.is_err());
+}
+
+#[tokio::test]
+async fn settings_templates_and_leases_are_asked_for_by_name() {
+    let setting = |value: &str| {
+        Json(serde_json::json!({"key": "local.warm", "value": value, "values": "on or off"}))
+    };
+    let router = Router::new()
+        .route(
+            "/v1/settings/{key}",
+            get(async move || setting("on")).put(async move |body: Json<serde_json::Value>| {
+                assert_eq!(*body, serde_json::json!({"value": "off"}));
+                setting("off")
+            }),
+        )
+        .route(
+            "/v1/templates/prune",
+            axum::routing::post(async |uri: axum::http::Uri| {
+                let all = uri.query() == Some("all=true");
+                Json(serde_json::json!([{"id": "x", "freed": if all { 2 } else { 1 }}]))
+            }),
+        )
+        .route(
+            "/v1/instances/foo/lease",
+            axum::routing::post(async |body: Json<serde_json::Value>| {
+                assert_eq!(*body, serde_json::json!({"seconds": 30}));
+                StatusCode::OK
+            }),
+        );
+    let (client, _dir) = serve(router).await;
+    assert_eq!(client.setting("local.warm").await.unwrap().value, "on");
+    assert_eq!(client.set("local.warm", "off").await.unwrap().value, "off");
+    let pruned = client.prune_templates(true).await.unwrap();
+    assert_eq!(pruned[0].freed.bytes(), 2);
+    client.lease("foo", 30).await.unwrap();
+    let err = client.lease("../x", 30).await.unwrap_err();
+    assert_eq!(err.code, Code::InstanceNotFound);
+}

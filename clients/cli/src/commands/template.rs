@@ -2,10 +2,8 @@
 
 use std::path::Path;
 
-use futures_util::future::join_all;
-use pileus_api::{Code, OperationState, Template, TemplateRequest};
+use pileus_api::{OperationState, Size, Template, TemplateRequest, TemplateState};
 use pileus_base::Error;
-use pileus_client::Client;
 
 use super::launch;
 use crate::context::Context;
@@ -87,7 +85,8 @@ pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
             timeout,
         } => {
             let folder = &context.env.current_folder;
-            let request = request(image.as_deref(), cpus, memory, timeout, folder)?;
+            let shape = [&cpus, &memory, &timeout].map(|text| text.as_deref());
+            let request = request(image.as_deref(), shape, folder)?;
             create(context, &request).await
         }
         Action::List => {
@@ -95,14 +94,10 @@ pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
             context.print(&render::templates::list(&templates, format))
         }
         Action::Info { id } => {
-            let client = context.client().await?;
-            let template = match is_whole(&id) {
-                true => client.template(&id).await?,
-                false => by_beginning(&client.templates().await?, &id)?.clone(),
-            };
+            let template = context.client().await?.template(&id).await?;
             context.print(&render::templates::info(&template, format))
         }
-        Action::Delete { ids } => delete(context, &ids).await,
+        Action::Delete { ids } => delete(context, &ids, format).await,
         Action::Prune { all } => {
             let pruned = context.client().await?.prune_templates(all).await?;
             context.print(&render::templates::pruned(&pruned, format))
@@ -112,17 +107,15 @@ pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
 
 fn request(
     image: Option<&str>,
-    cpus: Option<String>,
-    memory: Option<String>,
-    timeout: Option<String>,
+    [cpus, memory, timeout]: [Option<&str>; 3],
     folder: &Path,
 ) -> Result<TemplateRequest, CommandError> {
-    let memory = memory.map(|text| launch::size("memory", &text, launch::MIN_MEMORY));
+    let memory = memory.map(|text| launch::size("memory", text, launch::MIN_MEMORY));
     Ok(TemplateRequest {
         image: image.map(|image| launch::absolute(image, folder)),
-        cpus: cpus.map(|text| launch::cpus(&text)).transpose()?,
+        cpus: cpus.map(launch::cpus).transpose()?,
         memory: memory.transpose()?,
-        timeout: several::timeout(timeout.as_deref())?,
+        timeout: several::timeout(timeout)?,
     })
 }
 
@@ -138,7 +131,10 @@ async fn create(context: &Context, request: &TemplateRequest) -> Outcome {
     drop(line);
     match (operation.state, signal) {
         (OperationState::Succeeded, _) => {
-            context.print(&format!("Created: {}\n", operation.target))
+            let templates = client.templates().await?;
+            let template = newest(&templates, &operation.target, request);
+            let what = template.map_or(operation.target.as_str(), |template| template.id.as_str());
+            context.print(&format!("Ready: {what}\n"))
         }
         (OperationState::Cancelled, Some(signal)) => {
             Err(launch::interrupted(signal, "No template was made"))
@@ -148,72 +144,41 @@ async fn create(context: &Context, request: &TemplateRequest) -> Outcome {
     }
 }
 
-async fn delete(context: &Context, ids: &[String]) -> Outcome {
+async fn delete(context: &Context, ids: &[String], format: Format) -> Outcome {
     let client = context.client().await?;
-    let ids = resolve(&client, ids).await?;
-    let work = ids.into_iter().map(|id| {
-        let client = &client;
-        async move {
-            let result = client.delete_template(&id).await;
-            (id, result)
+    let mut removed = Vec::new();
+    let mut failed = Vec::new();
+    // One after the other, so that two beginnings of one ID don't meet.
+    for id in ids {
+        match client.delete_template(id).await {
+            Ok(template) => removed.push(template),
+            Err(err) => failed.push((id.clone(), CommandError::from(err))),
         }
-    });
-    let failed: Vec<_> = join_all(work)
-        .await
-        .into_iter()
-        .filter_map(|(id, result)| Some((id, CommandError::from(result.err()?))))
-        .collect();
+    }
+    if !removed.is_empty() || failed.is_empty() {
+        context.print(&render::templates::pruned(&removed, format))?;
+    }
     match failed.is_empty() {
         true => Ok(0),
         false => Err(CommandError::several(failed)),
     }
 }
 
-/// Whole IDs from those that may be shortened, each once.
-async fn resolve(client: &Client, ids: &[String]) -> Result<Vec<String>, CommandError> {
-    let mut whole: Vec<String> = Vec::new();
-    let mut templates = None;
-    for id in ids {
-        let id = if is_whole(id) {
-            id.clone()
-        } else {
-            if templates.is_none() {
-                templates = Some(client.templates().await?);
-            }
-            by_beginning(templates.as_deref().unwrap_or_default(), id)?
-                .id
-                .clone()
-        };
-        if !whole.contains(&id) {
-            whole.push(id);
-        }
-    }
-    Ok(whole)
-}
-
-fn is_whole(id: &str) -> bool {
-    id.len() == 16
-}
-
-/// The one template whose ID begins so.
-fn by_beginning<'a>(templates: &'a [Template], text: &str) -> Result<&'a Template, Error> {
-    let start = text.to_ascii_lowercase();
-    let mut matching = templates
-        .iter()
-        .filter(|template| start.len() >= 4 && template.id.starts_with(&start));
-    match (matching.next(), matching.next()) {
-        (Some(template), None) => Ok(template),
-        (Some(_), Some(_)) => Err(Error::new(
-            Code::InvalidArgument,
-            format!("More than one template has an ID that begins with \"{text}\""),
-        )
-        .advise("Give more digits of the ID.")),
-        _ => Err(Error::new(
-            Code::TemplateNotFound,
-            format!("No template has an ID that begins with \"{text}\""),
-        )
-        .advise("pileus template list shows them; give 4 digits or more.")),
-    }
+/// The newest template of the image and shape that were asked for.
+fn newest<'a>(
+    templates: &'a [Template],
+    image: &str,
+    request: &TemplateRequest,
+) -> Option<&'a Template> {
+    let (cpus, memory) = (request.cpus.unwrap_or(1), request.memory);
+    let wanted = |template: &&Template| {
+        template.state == TemplateState::Ready
+            && (template.image.source == image || template.image.digest.to_string() == image)
+            && template.cpus == cpus
+            && template.memory == memory.unwrap_or(Size::gib(1))
+    };
+    let wanted = templates.iter().filter(wanted);
+    wanted.max_by_key(|template| template.created_at)
 }
 
 #[cfg(test)]
@@ -222,15 +187,18 @@ mod tests {
     use crate::render::samples;
 
     #[test]
-    fn an_id_may_be_shortened_to_what_is_clear() {
+    fn the_template_of_just_this_shape_is_named() {
         let templates = samples::templates();
-        let id = |text: &str| by_beginning(&templates, text).map(|template| template.id.as_str());
-        assert_eq!(id("0123").unwrap(), "0123456789abcdef");
-        assert_eq!(id("0123456789ABCD").unwrap(), "0123456789abcdef");
-        assert_eq!(id("012").unwrap_err().code, Code::TemplateNotFound);
-        assert_eq!(id("ffff").unwrap_err().code, Code::TemplateNotFound);
-        let twice = [templates[0].clone(), templates[0].clone()];
-        let err = by_beginning(&twice, "0123").unwrap_err();
-        assert_eq!(err.code, Code::InvalidArgument);
+        let request = |cpus| TemplateRequest {
+            cpus,
+            ..Default::default()
+        };
+        let id = |image: &str, cpus| {
+            newest(&templates, image, &request(cpus)).map(|template| template.id.as_str())
+        };
+        assert_eq!(id("debian-13", Some(2)), Some("0123456789abcdef"));
+        // Of one CPU there is only one that is being made.
+        assert_eq!(id("debian-13", None), None);
+        assert_eq!(id("debian-12", Some(2)), None);
     }
 }

@@ -185,10 +185,7 @@ fn router(app: App) -> Router {
         .route("/v1/instances/{name}/{verb}", post(work).get(read))
         .route("/v1/templates", get(templates).post(create_template))
         .route("/v1/templates/prune", post(prune))
-        .route(
-            "/v1/templates/{id}",
-            get(template).delete(async || StatusCode::NO_CONTENT),
-        )
+        .route("/v1/templates/{id}", get(template).delete(delete_template))
         .route("/v1/settings", get(settings))
         .route("/v1/settings/{key}", get(setting).put(set))
         .route("/v1/purge", post(async || Json(vec!["old"])))
@@ -291,17 +288,33 @@ async fn create_template(
     Json(request): Json<serde_json::Value>,
 ) -> Response {
     app.script.lock().unwrap().template_requests.push(request);
-    begin(&app, OperationKind::CreateTemplate, "0123456789abcdef")
+    begin(&app, OperationKind::CreateTemplate, "debian-13")
+}
+
+fn find_template<'a>(script: &'a Script, id: &str) -> Option<&'a serde_json::Value> {
+    let mut templates = script.templates.iter();
+    templates.find(|t| t["id"].as_str().unwrap().starts_with(id))
+}
+
+fn no_template(id: &str) -> Response {
+    let error = Error::new(Code::TemplateNotFound, format!("No template {id}")).into();
+    (StatusCode::NOT_FOUND, Json(ErrorReply { error })).into_response()
+}
+
+async fn delete_template(State(app): State<App>, Path(id): Path<String>) -> Response {
+    let mut script = app.script.lock().unwrap();
+    let Some(template) = find_template(&script, &id) else {
+        return no_template(&id);
+    };
+    let id = template["id"].clone();
+    script.templates.retain(|template| template["id"] != id);
+    Json(serde_json::json!({"id": id, "freed": 1 << 20})).into_response()
 }
 
 async fn template(State(app): State<App>, Path(id): Path<String>) -> Response {
-    let script = app.script.lock().unwrap();
-    match script.templates.iter().find(|t| t["id"] == id) {
+    match find_template(&app.script.lock().unwrap(), &id) {
         Some(template) => Json(template).into_response(),
-        None => {
-            let error = Error::new(Code::TemplateNotFound, format!("No template {id}")).into();
-            (StatusCode::NOT_FOUND, Json(ErrorReply { error })).into_response()
-        }
+        None => no_template(&id),
     }
 }
 
