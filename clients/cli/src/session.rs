@@ -91,7 +91,11 @@ pub(crate) async fn attach(
     signals: &mut Signals,
     limits: Limits,
 ) -> Result<End, CommandError> {
-    let (input, output) = open(client, name, request).await.map_err(channel_error)?;
+    // Until it runs there is nobody to pass a signal on to.
+    let (input, output) = tokio::select! {
+        opened = open(client, name, request) => opened.map_err(channel_error)?,
+        signal = signals.next() => return Err(ended_by(signal)),
+    };
     connect(input, output, signals, request.tty.is_some(), limits).await
 }
 
@@ -183,12 +187,17 @@ async fn connect(
     tokio::select! {
         result = session => result,
         () = time_limit => Ok(End::OutOfTime),
-        signal = watch => Err(CommandError::new(
-            Kind::Signal(signal.number),
-            Error::new(Code::Cancelled, format!("Ended by SIG{}", signal.name)),
-        )),
+        signal = watch => Err(ended_by(signal)),
         err = feed => Err(err),
     }
+}
+
+/// The error of a signal that was meant for this process.
+pub(crate) fn ended_by(signal: Received) -> CommandError {
+    CommandError::new(
+        Kind::Signal(signal.number),
+        Error::new(Code::Cancelled, format!("Ended by SIG{}", signal.name)),
+    )
 }
 
 /// Asks the command to end when its time is over, and then makes it; returns when even that did not

@@ -357,10 +357,7 @@ async fn or_signal<T>(
 ) -> Result<T, CommandError> {
     tokio::select! {
         done = work => done,
-        signal = signals.next() => {
-            let text = format!("Ended by SIG{}", signal.name);
-            Err(launch::interrupted(signal.number, &text))
-        }
+        signal = signals.next() => Err(session::ended_by(signal)),
     }
 }
 

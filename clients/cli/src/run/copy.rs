@@ -102,10 +102,15 @@ pub(crate) fn check(
     copy_out: &[Copy],
 ) -> Result<(), CommandError> {
     for copy in copy_in {
-        let source = folder.join(&copy.from);
-        source.metadata().map_err(|err| {
-            CommandError::usage(format!("error: {} can't be copied: {err}", copy.from))
-        })?;
+        let refused = |why: &str| {
+            let text = format!("error: {} can't be copied: {why}", copy.from);
+            CommandError::usage(text)
+        };
+        let source = folder.join(&copy.from).metadata();
+        let source = source.map_err(|err| refused(&err.to_string()))?;
+        if !source.is_dir() && !source.is_file() {
+            return Err(refused("it is neither a file nor a folder"));
+        }
     }
     for copy in copy_out {
         target(folder, copy)?;

@@ -211,17 +211,19 @@ impl Place {
         Ok(Self(parts))
     }
 
-    /// Whether a link here that leads to `link` stays below the target.
+    /// Whether a link here that leads to `link` stays below the target, whatever links it leads over:
+    /// it may go up only at its beginning, where the folders are known to be real ones.
     fn keeps(&self, link: &[u8]) -> bool {
         if link.is_empty() || link.contains(&0) {
             return false;
         }
         let mut depth = self.0.len().saturating_sub(1);
+        let mut down = false;
         for part in Path::new(OsStr::from_bytes(link)).components() {
             match part {
-                Component::Normal(_) => depth += 1,
+                Component::Normal(_) => down = true,
                 Component::CurDir => {}
-                Component::ParentDir if depth > 0 => depth -= 1,
+                Component::ParentDir if depth > 0 && !down => depth -= 1,
                 _ => return false,
             }
         }

@@ -174,6 +174,10 @@ fn whatever_leads_out_is_refused() {
         ("link out", folder().link("l", outside)),
         ("deep link out", folder().link("a/l", "../../outside")),
         ("link out and in", folder().link("l", "../target/x")),
+        (
+            "link over a link that goes up",
+            folder().link("a/z", "b/up/.."),
+        ),
         ("empty link", folder().link("l", "")),
         (
             "through a link of its own",
