@@ -105,6 +105,7 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
     let hub = Hub::new();
     let (rows, broken) = recover::clean_up(&state, &layout).await?;
     let templates = Shelf::open(&layout)?;
+    templates.take_back_loans().await;
     recover::sweep_layers(&layout, &rows, &broken, &templates)?;
     let defaults = Settings {
         warm_pool: 0,

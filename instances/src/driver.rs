@@ -6,7 +6,6 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
 
 use pileus_base::process::ProcessId;
 use pileus_base::{InstanceName, Reporter, Result, Size, files};
@@ -274,19 +273,8 @@ impl Vm for RunningVm {
     }
 
     async fn freeze(&self, freeze: Freeze) -> Result<Frozen> {
-        let began = Instant::now();
-        self.vm.pause().await?;
-        let saved = async {
-            self.vm.snapshot_disk(&freeze.layer).await?;
-            self.vm.save_all(freeze.memory).await
-        };
-        let saved = saved.await;
-        // The guest goes on in any case; that it does not is the worse fault.
-        self.vm.resume().await?;
-        Ok(Frozen {
-            stream: saved?,
-            paused: began.elapsed(),
-        })
+        let (stream, paused) = self.vm.freeze(&freeze.layer, freeze.memory).await?;
+        Ok(Frozen { stream, paused })
     }
 
     async fn kill(&self) {

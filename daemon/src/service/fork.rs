@@ -151,11 +151,8 @@ impl Service {
             memory: file,
         };
         let frozen = source.machine()?.freeze(freeze).await?;
-        report.log(format!(
-            "'{}' stood still for {} ms",
-            row.name,
-            frozen.paused.as_millis()
-        ));
+        let paused = u64::try_from(frozen.paused.as_millis()).unwrap_or(u64::MAX);
+        report.log(format!("'{}' stood still for {paused} ms", row.name));
         Ok((memory, frozen))
     }
 

@@ -51,8 +51,8 @@ pub trait Vm: Send + Sync + 'static {
     /// Lets the processors run again after a disk error halted them.
     fn resume(&self) -> impl Future<Output = Result<()>> + Send;
 
-    /// Halts the guest, puts a new layer over its disk, writes its devices and memory to a file, and
-    /// lets it go on, whatever happened.
+    /// Writes devices and memory to a file while the guest runs, and puts a new layer over its disk at
+    /// the moment that was saved; the guest stands still for that moment, and goes on in any case.
     fn freeze(&self, freeze: Freeze) -> impl Future<Output = Result<Frozen>> + Send;
 
     /// Ends the VM now, whatever state it is in, and waits until it is gone.

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pileus_api::{TemplateState, Timestamp};
 use pileus_base::{Code, Error, Layout, Result, ResultExt, Size, files};
+use pileus_instances::qemu::loan;
 use pileus_instances::template::{Folder, Manifest, TemplateKey};
 use uuid::Uuid;
 
@@ -117,6 +118,15 @@ impl Shelf {
             }
         }
         Ok(shelf)
+    }
+
+    /// A daemon that was killed may have left a memory to a QEMU's user for the moment of its opening.
+    pub async fn take_back_loans(&self) {
+        for template in self.all() {
+            if let Err(err) = loan::take_back(&template.folder.ram()).await {
+                tracing::warn!(id = template.id, %err, "a template's memory can't be taken back");
+            }
+        }
     }
 
     fn load(&self, path: &Path, name: &str) -> Result<Template> {
