@@ -30,6 +30,7 @@ use http::listener::{self, Peer};
 use hub::Hub;
 use operations::Operations;
 use service::admission::{self, Admission};
+use service::pool::Pool;
 use service::registry::{Instance, Registry};
 use service::settings::{Keeper, Settings};
 use service::templates::Shelf;
@@ -75,6 +76,10 @@ pub async fn run(args: &Args, layout: Layout, mode: Mode, lock: files::Lock) -> 
         let service = service.clone();
         async move { service.sweep_leases().await }
     });
+    let pool = tokio::spawn({
+        let service = service.clone();
+        async move { service.keep_pool().await }
+    });
     let templates = tokio::spawn({
         let service = service.clone();
         async move {
@@ -90,6 +95,8 @@ pub async fn run(args: &Args, layout: Layout, mode: Mode, lock: files::Lock) -> 
     let _ = instances.await;
     leases.abort();
     templates.abort();
+    pool.abort();
+    service.end_pool().await;
     // systemd goes on listening on a socket of its own.
     if ours {
         files::remove_file(&socket)?;
@@ -107,11 +114,7 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
     let templates = Shelf::open(&layout)?;
     templates.take_back_loans().await;
     recover::sweep_layers(&layout, &rows, &broken, &templates)?;
-    let defaults = Settings {
-        warm_pool: 0,
-        ..Settings::default()
-    };
-    let settings = Keeper::load(&state, args.settings(defaults)).await?;
+    let settings = Keeper::load(&state, args.settings(Settings::default())).await?;
     let store = Store::open(StoreConfig::new(layout.images()))?;
     let network = start_network(&args.bridge, &state, &layout, &mode).await?;
     let instances: Vec<_> = rows
@@ -135,6 +138,7 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
         registry,
         templates: Arc::new(templates),
         building: tokio::sync::Mutex::default(),
+        pool: Pool::default(),
         settings,
         admission: Admission::new(admission::available),
         broken,

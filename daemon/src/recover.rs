@@ -44,7 +44,7 @@ pub async fn clean_up(
     for row in rows {
         if is_half_made(&row) {
             tracing::warn!(instance = %row.name, "is removed: its launch or its deletion was interrupted");
-            wiring::kill_leftover(layout, &row).await;
+            wiring::kill_leftover(layout, row.id).await;
             files::remove_folder(&layout.instance_run(row.id))?;
             files::remove_file(&wiring::disk(layout, &row))?;
             files::remove_folder(&layout.instance(row.id))?;
@@ -68,7 +68,7 @@ pub async fn clean_up(
         .map(|row| row.id.to_string())
         .chain(broken.iter().map(|row| row.id.clone()))
         .collect();
-    sweep_folders(layout, &known)?;
+    sweep_folders(layout, &known).await?;
     Ok((kept, broken))
 }
 
@@ -128,15 +128,19 @@ pub fn sweep_layers(
     Ok(())
 }
 
-fn sweep_folders(layout: &pileus_base::Layout, known: &HashSet<String>) -> Result<()> {
+async fn sweep_folders(layout: &pileus_base::Layout, known: &HashSet<String>) -> Result<()> {
     let folder = layout.instances();
     let what = format!("Looking through {}", folder.display());
     for entry in std::fs::read_dir(&folder).io(&what)? {
         let entry = entry.io(&what)?;
         let name = entry.file_name().to_string_lossy().into_owned();
         // Only what is named like ours; whatever else a person put here stays.
-        if uuid::Uuid::parse_str(&name).is_ok() && !known.contains(&name) {
+        let id = uuid::Uuid::parse_str(&name).ok();
+        if let Some(id) = id.filter(|_| !known.contains(&name)) {
             tracing::warn!(name, "a folder that belongs to no instance is removed");
+            // A clone that stood by has a machine, and no row.
+            wiring::kill_leftover(layout, id).await;
+            files::remove_folder(&layout.instance_run(id))?;
             files::remove_folder(&entry.path())?;
         }
     }

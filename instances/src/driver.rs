@@ -317,7 +317,7 @@ impl RunningVm {
     }
 
     /// Forgets what the guest told so far: a restored one told of the machine that was saved.
-    pub(crate) fn watched_from_now(mut self) -> Self {
+    pub fn watched_from_now(mut self) -> Self {
         self.guest_events = watch::watch(self.guest.clone());
         self
     }

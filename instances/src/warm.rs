@@ -263,6 +263,18 @@ async fn bring_up(
     Ok((vm.watched_from_now(), phases))
 }
 
+/// Gives a clone that has an identity already its final name, and what else a launch asks for.
+pub async fn name(vm: &RunningVm, mut identity: IdentitySpec, grow_to: Option<Size>) -> Result<()> {
+    if let Some(size) = grow_to {
+        vm.qemu().resize_disk(size.bytes()).await?;
+    }
+    freshen(&mut identity)?;
+    for (step, milliseconds) in vm.guest().identify(&identity, IDENTIFY_BOUND).await? {
+        tracing::debug!(instance = identity.hostname, step, milliseconds, "named");
+    }
+    Ok(())
+}
+
 /// What must be as new as can be.
 fn freshen(identity: &mut IdentitySpec) -> Result<()> {
     let mut entropy = [0; 64];

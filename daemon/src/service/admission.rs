@@ -99,6 +99,19 @@ impl Admission {
     }
 }
 
+impl super::Service {
+    /// Admits a launch; standby clones go before one is refused.
+    pub(super) async fn admit(&self, memory: Size, start: Start) -> Result<Promise> {
+        match self.parts.admission.admit(memory, start) {
+            Ok(promise) => Ok(promise),
+            Err(_) => {
+                self.empty_pool(|_| true).await;
+                self.parts.admission.admit(memory, start)
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

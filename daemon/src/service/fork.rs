@@ -10,11 +10,11 @@ use pileus_base::{Code, Error, InstanceName, Phase, Reporter, Result, ResultExt,
 use pileus_images::overlay;
 use pileus_instances::guest::clone::CloneMode;
 use pileus_instances::guest::keys::InstanceKeys;
-use pileus_instances::guest::seed::{self, SeedNic, SeedSpec};
 use pileus_instances::machine::{BOOT_TIMEOUT, Freeze, Frozen};
 use pileus_instances::warm::{self, SavedWhole};
 
 use super::admission::Start;
+use super::pool::seed_of;
 use super::registry::Instance;
 use super::{Service, wiring};
 use crate::state::instances::InstanceRow;
@@ -165,7 +165,7 @@ impl Service {
         report: &Reporter,
     ) -> Result<()> {
         let from = source.row();
-        let _promise = self.parts.admission.admit(from.spec.memory, Start::Cold)?;
+        let _promise = self.admit(from.spec.memory, Start::Cold).await?;
         let Some(image) = &from.spec.image else {
             return Err(wiring::no_image(&from));
         };
@@ -216,17 +216,7 @@ impl Service {
                 true => Some(files::read_bounded(&user_data, 16 << 20)?),
                 false => None,
             };
-            let seed = seed::build(&SeedSpec {
-                instance_id: &row.id.to_string(),
-                hostname: row.name.as_str(),
-                user_data: user_data.as_deref(),
-                nics: &[SeedNic {
-                    mac: row.mac.to_string(),
-                    optional: false,
-                }],
-                keys: &keys,
-                timezone: None,
-            })?;
+            let seed = seed_of(&row, &keys, user_data.as_deref(), None)?;
             files::write_atomic(&folder.join(pileus_instances::driver::SEED), &seed, 0o600)
         };
         super::blocking(write).await

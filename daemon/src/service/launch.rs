@@ -13,7 +13,7 @@
 use std::collections::HashSet;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use pileus_api::{
@@ -25,11 +25,11 @@ use pileus_images::{Image, ImageRef, overlay};
 use pileus_instances::driver::{QemuDriver, RunningVm, SEED};
 use pileus_instances::guest::cloud_init;
 use pileus_instances::guest::keys::InstanceKeys;
-use pileus_instances::guest::seed::{self, SeedNic, SeedSpec};
 use pileus_instances::machine::{BOOT_TIMEOUT, Config, Machine, Snapshot};
 
 use super::admission::{Promise, Start};
 use super::lifecycle::bound;
+use super::pool::seed_of;
 use super::registry::{Instance, RowJournal};
 use super::warm::Choice;
 use super::wiring::{self, HostWiring};
@@ -120,6 +120,7 @@ impl Service {
         lease: Option<Timestamp>,
     ) -> Result<Arc<Instance>> {
         let network = self.parts.network.clone();
+        let reserved = self.parts.pool.reserved.clone();
         let created_at = (self.parts.clock)();
         spec.booted = false;
         spec.layers.clear();
@@ -132,14 +133,15 @@ impl Service {
                     Some(name) => name,
                     None => free_name(&taken.names)?,
                 };
+                let reserved = reserved.lock().unwrap_or_else(PoisonError::into_inner);
                 let slot = (0..)
-                    .find(|slot| !taken.slots.contains(slot))
+                    .find(|slot| !taken.slots.contains(slot) && !reserved.slots.contains(slot))
                     .unwrap_or_default();
+                let used = taken.addresses.iter().chain(&reserved.addresses).copied();
                 let row = InstanceRow {
                     id: uuid::Uuid::new_v4(),
                     name,
-                    address: network
-                        .free_address(&taken.addresses.into_iter().collect::<HashSet<_>>())?,
+                    address: network.free_address(&used.collect::<HashSet<_>>())?,
                     mac: wiring::random_mac(),
                     slot,
                     stage: Stage::Is(InstanceState::Creating),
@@ -166,22 +168,27 @@ impl Service {
         instance: &Arc<Instance>,
         report: &Reporter,
     ) -> Result<()> {
-        let _watch = self.end_with_lease(instance, report);
+        let _launching = self.parts.pool.launching();
+        let mut instance = instance.clone();
+        let watch = self.end_with_lease(&instance, report);
         let prepared = async {
-            let (image, mut phases) = self.fetch(order, instance, report).await?;
+            let (image, mut phases) = self.fetch(order, &instance, report).await?;
             let (restored, promise) = self
-                .restore_or_write(order, instance, &image, &mut phases, report)
+                .restore_or_write(order, &mut instance, &image, &mut phases, report)
                 .await?;
-            let machine = self.own(instance, image)?;
+            let machine = self.own(&instance, image)?;
             Ok((machine, restored, phases, promise))
         };
         let (machine, restored, phases, _promise) = match prepared.await {
             Ok(prepared) => prepared,
             Err(err) => {
-                self.undo(instance).await;
+                self.undo(&instance).await;
                 return Err(err);
             }
         };
+        drop(watch);
+        let instance = &instance;
+        let _watch = self.end_with_lease(instance, report);
         let timeout = bound(order.request.timeout, BOOT_TIMEOUT);
         let booted = match restored {
             Some(vm) => {
@@ -254,7 +261,7 @@ impl Service {
     async fn restore_or_write(
         &self,
         order: &Order,
-        instance: &Arc<Instance>,
+        instance: &mut Arc<Instance>,
         image: &Arc<Image>,
         phases: &mut Vec<PhaseTime>,
         report: &Reporter,
@@ -262,8 +269,14 @@ impl Service {
         let memory = order.wanted.memory;
         let reason = match self.choose(order, image, report).await? {
             Choice::Warm(template) => {
-                let promise = self.parts.admission.admit(memory, Start::Warm)?;
+                let promise = self.admit(memory, Start::Warm).await?;
                 let began = phases.len();
+                if let Some(vm) = self
+                    .start_standby(order, instance, &template, phases, report)
+                    .await?
+                {
+                    return Ok((Some(vm), promise));
+                }
                 match self
                     .start_warm(order, instance, image, &template, phases, report)
                     .await
@@ -278,7 +291,7 @@ impl Service {
             }
             Choice::Cold(reason) => reason,
         };
-        let promise = self.parts.admission.admit(memory, Start::Cold)?;
+        let promise = self.admit(memory, Start::Cold).await?;
         let began = Instant::now();
         report.phase(Phase::Configuring);
         let row = instance
@@ -342,18 +355,7 @@ impl Service {
             }
             let keys = InstanceKeys::generate()?;
             keys.store(&folder)?;
-            let seed = seed::build(&SeedSpec {
-                instance_id: &row.id.to_string(),
-                hostname: row.name.as_str(),
-                user_data: user_data.as_deref(),
-                nics: &[SeedNic {
-                    mac: row.mac.to_string(),
-                    // User data may need the network: packages, includes.
-                    optional: false,
-                }],
-                keys: &keys,
-                timezone: timezone.as_deref(),
-            })?;
+            let seed = seed_of(&row, &keys, user_data.as_deref(), timezone.as_deref())?;
             files::write_atomic(&folder.join(SEED), &seed, 0o600)?;
             if let Some(user_data) = user_data {
                 files::write_atomic(&folder.join("user-data"), &user_data, 0o600)?;

@@ -123,7 +123,7 @@ impl Service {
             tracing::warn!(instance = %row.name, %err, "its network entry can't be removed");
         }
         // One whose launch broke off may have a VM that no task owns.
-        super::wiring::kill_leftover(&self.parts.layout, &row).await;
+        super::wiring::kill_leftover(&self.parts.layout, row.id).await;
         files::remove_folder(&self.parts.layout.instance_run(row.id))?;
         files::remove_file(&super::wiring::disk(&self.parts.layout, &row))?;
         files::remove_folder(&self.parts.layout.instance(row.id))?;

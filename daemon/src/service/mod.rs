@@ -14,6 +14,7 @@ pub(crate) mod layers;
 mod leases;
 mod lifecycle;
 mod log;
+pub(crate) mod pool;
 pub(crate) mod registry;
 pub(crate) mod settings;
 pub(crate) mod templates;
@@ -58,6 +59,7 @@ pub struct Parts {
     pub templates: Arc<templates::Shelf>,
     /// Held while a template is made: one at a time.
     pub building: tokio::sync::Mutex<()>,
+    pub pool: pool::Pool,
     pub settings: settings::Keeper,
     pub admission: admission::Admission,
     pub broken: Vec<BrokenRow>,

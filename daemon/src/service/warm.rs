@@ -7,20 +7,27 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pileus_api::{Origin, PhaseTime, Warm};
-use pileus_base::{Code, Error, Phase, Reporter, Result};
+use pileus_base::{Code, Error, Phase, Reporter, Result, files};
 use pileus_images::Image;
-use pileus_instances::driver::RunningVm;
+use pileus_instances::driver::{RunningVm, SEED};
 use pileus_instances::guest::clone::{CloneMode, CloneNic, IdentitySpec};
 use pileus_instances::guest::keys::InstanceKeys;
+use pileus_instances::guest::seed;
+use pileus_instances::machine::{Driver, Vm};
 use pileus_instances::warm::{self, Saved};
 
-use super::Service;
 use super::launch::{Order, phase_time};
+use super::pool::{Kind, Standby, seed_of};
 use super::registry::Instance;
 use super::settings::WarmMode;
 use super::templates::Template;
+use super::{Service, wiring};
+use crate::state;
 use crate::state::demand::Shape;
 use crate::state::instances::InstanceRow;
+
+/// A seed has 1 MiB, and the agent needs some of it.
+const LARGE: usize = 512 << 10;
 
 /// How a launch is to start.
 pub(super) enum Choice {
@@ -63,6 +70,13 @@ impl Service {
             Some(_) => Some("the user data needs a boot".to_owned()),
             None => None,
         };
+        let obstacle = obstacle.or_else(|| {
+            let large = order
+                .user_data
+                .as_ref()
+                .is_some_and(|data| data.len() > LARGE);
+            large.then(|| "the user data does not fit on a clone's seed disk".to_owned())
+        });
         let small = order.disk.is_some_and(|disk| disk < template.key.disk);
         let obstacle = obstacle.or_else(|| {
             small.then(|| format!("the template's disk is larger ({})", template.key.disk))
@@ -77,6 +91,107 @@ impl Service {
                 Ok(Choice::Cold(Some(reason)))
             }
         }
+    }
+
+    /// Gives a clone that stands by to the instance, if there is one. The instance gets the clone's id,
+    /// address and card, so it is another one afterwards. If the clone is of no use the instance is
+    /// as before, and nothing runs.
+    pub(super) async fn start_standby(
+        &self,
+        order: &Order,
+        instance: &mut Arc<Instance>,
+        template: &Arc<Template>,
+        phases: &mut Vec<PhaseTime>,
+        report: &Reporter,
+    ) -> Result<Option<RunningVm>> {
+        let row = instance.row();
+        if row.spec.disk_in_memory {
+            return Ok(None);
+        }
+        let kind = Kind {
+            template: template.id.clone(),
+            tied: row.lease.is_some(),
+        };
+        let Some(standby) = self.parts.pool.take(&kind) else {
+            return Ok(None);
+        };
+        let began = Instant::now();
+        report.phase(Phase::Identifying);
+        if let Err(err) = self.replace_row(instance, &standby).await {
+            self.dispose(standby).await;
+            return Err(err);
+        }
+        let named = report.or_cancelled(self.name_standby(order, instance, &standby));
+        match named.await {
+            Ok(()) => {
+                phases.push(phase_time(Phase::Identifying, began));
+                template.touch();
+                Ok(Some(standby.vm.watched_from_now()))
+            }
+            Err(err) => {
+                tracing::warn!(%err, "a clone that stood by is of no use");
+                standby.vm.kill().await;
+                standby.driver.release().await;
+                report.check()?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Makes the standby's id, slot, card and address the instance's.
+    async fn replace_row(&self, instance: &mut Arc<Instance>, standby: &Standby) -> Result<()> {
+        let (before, given) = (instance.row(), standby.instance.row());
+        let mut row = before.clone();
+        row.id = given.id;
+        row.mac = given.mac;
+        row.address = given.address;
+        row.slot = given.slot;
+        row.spec.layers = given.spec.layers;
+        row.spec.origin = given.spec.origin;
+        let record = row.clone();
+        self.parts
+            .state
+            .run(move |tx| {
+                state::instances::remove(tx, before.id)?;
+                state::instances::insert(tx, &record)
+            })
+            .await?;
+        self.parts.pool.unreserve(&row);
+        self.parts.registry.remove(instance.id);
+        *instance = Instance::new(row, self.parts.state.clone(), self.parts.hub.clone());
+        self.parts.registry.add(instance.clone());
+        Ok(())
+    }
+
+    async fn name_standby(
+        &self,
+        order: &Order,
+        instance: &Arc<Instance>,
+        standby: &Standby,
+    ) -> Result<()> {
+        let row = instance.row();
+        let folder = self.parts.layout.instance(row.id);
+        let (written, user_data) = (row.clone(), order.user_data.clone());
+        let timezone = order.request.timezone.clone();
+        let write = move || {
+            let keys = InstanceKeys::load(&folder)?;
+            let seed = seed_of(&written, &keys, user_data.as_deref(), timezone.as_deref())?;
+            // In place: QEMU has this very file open.
+            seed::overwrite(&folder.join(SEED), &seed)?;
+            if let Some(user_data) = user_data {
+                files::write_atomic(&folder.join("user-data"), &user_data, 0o600)?;
+            }
+            Ok(keys)
+        };
+        let keys = super::blocking(write).await?;
+        self.parts.network.register(&wiring::nic(&row))?;
+        let mut identity = self.identity_of(&row, keys, CloneMode::Warm);
+        identity.timezone.clone_from(&order.request.timezone);
+        identity.cloud_init = order.user_data.is_some();
+        let size = standby.template.key.disk;
+        let grow_to = (row.spec.disk > size).then_some(row.spec.disk);
+        identity.grow = grow_to.is_some();
+        warm::name(&standby.vm, identity, grow_to).await
     }
 
     /// Starts the instance from the template. On error nothing runs; files may be left.

@@ -111,11 +111,11 @@ pub fn disk(layout: &Layout, row: &InstanceRow) -> PathBuf {
 }
 
 /// Ends a VM that no task owns: its launch or its deletion was interrupted.
-pub async fn kill_leftover(layout: &Layout, row: &InstanceRow) {
-    let paths = Paths::of(&layout.instance_run(row.id), &layout.instance(row.id));
-    if let Some(found) = process::find(&paths, row.id) {
+pub async fn kill_leftover(layout: &Layout, id: uuid::Uuid) {
+    let paths = Paths::of(&layout.instance_run(id), &layout.instance(id));
+    if let Some(found) = process::find(&paths, id) {
         if let Err(err) = process::kill(found) {
-            tracing::error!(instance = %row.name, %err, "its VM can't be ended");
+            tracing::error!(%id, %err, "a VM that nobody owns can't be ended");
         }
         let _ = process::wait_exit(found).await;
     }

@@ -7,13 +7,15 @@
 //!
 //! Next: QEMU attaches the image (`instances/src/qemu/`), `agent/` wakes up in the guest.
 
+use std::fs::OpenOptions;
 use std::io::Cursor;
+use std::path::Path;
 
 use hadris_iso::joliet::JolietLevel;
 use hadris_iso::read::PathSeparator;
 use hadris_iso::write::options::{CreationFeatures, IsoFormatOptions};
 use hadris_iso::write::{InputEntry, InputTree, IsoImageWriter};
-use pileus_base::{Code, Error, Result};
+use pileus_base::{Code, Error, Result, ResultExt};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -34,6 +36,8 @@ pub const CLONE_PY: &str = concat!(
     include_str!("agent/identify.py"),
     include_str!("agent/identity.py"),
 );
+/// cloud-init's stages for a clone, in a process of their own.
+const STAGES_PY: &str = include_str!("agent/stages.py");
 const BOOTHOOK: &str = include_str!("boothook.sh");
 /// Every seed has this size, so that a clone's can take the place of its template's under a running
 /// guest. A larger one ([`fits_a_clone`]) can only be booted with.
@@ -86,7 +90,7 @@ impl<'a> SeedSpec<'a> {
 /// A template made with another one is of no use.
 pub fn agent_digest() -> String {
     let mut hash = Sha256::new();
-    for text in [AGENT_PY, CLONE_PY, BOOTHOOK] {
+    for text in [AGENT_PY, CLONE_PY, STAGES_PY, BOOTHOOK] {
         hash.update((text.len() as u64).to_le_bytes());
         hash.update(text);
     }
@@ -110,6 +114,22 @@ pub fn build(spec: &SeedSpec<'_>) -> Result<Vec<u8>> {
         entries.push(InputEntry::file("network-config", network_config(spec)?));
     }
     write_iso(entries)
+}
+
+/// Exchanges the content of a seed that a running guest has as its disk. Blocking.
+pub fn overwrite(path: &Path, seed: &[u8]) -> Result<()> {
+    use std::io::Write;
+    let what = || format!("Writing {}", path.display());
+    let mut file = OpenOptions::new().write(true).open(path).io(what())?;
+    let length = file.metadata().io(what())?.len();
+    if length != seed.len() as u64 {
+        return Err(Error::new(
+            Code::NoTemplate,
+            "The user data is too large for a guest that runs already",
+        ));
+    }
+    file.write_all(seed).io(what())?;
+    file.sync_all().io(what())
 }
 
 /// The one place that knows the ISO library.
@@ -211,6 +231,7 @@ fn boothook(spec: &SeedSpec<'_>) -> Result<String> {
     for (mark, text) in [
         ("@AGENT@", AGENT_PY),
         ("@CLONE@", CLONE_PY),
+        ("@STAGES@", STAGES_PY),
         ("@SETTINGS@", &json_text(&settings)?),
         ("@HOST_KEY@", &spec.keys.host_private_text()?),
         ("@AUTHORIZED@", &spec.keys.client_public_line()?),

@@ -136,7 +136,7 @@ impl Service {
         if self.parts.templates.ready(&key).is_some() {
             return Ok(());
         }
-        let _promise = self.parts.admission.admit(shape.memory, Start::Cold)?;
+        let _promise = self.admit(shape.memory, Start::Cold).await?;
         let in_memory = self.parts.settings.get().warm_in_memory;
         self.make_room(shape.memory, in_memory).await?;
         let now = (self.parts.clock)();

@@ -124,6 +124,7 @@ impl Service {
     pub(super) async fn discard(&self, id: &str) -> Result<Size> {
         let shelf = self.parts.templates.clone();
         let id = id.to_owned();
+        self.empty_pool(|standby| standby.kind.template == id).await;
         let (layer, freed) = super::blocking(move || shelf.discard(&id)).await?;
         self.parts.hub.send(Event::Templates);
         let more = self.drop_unused(&[layer])?;
@@ -195,6 +196,7 @@ impl Service {
 
     pub(super) fn settings_changed(&self) {
         let service = self.clone();
+        self.parts.pool.wake();
         tokio::spawn(async move { service.keep_within_budget(Size(0)).await });
     }
 
