@@ -79,10 +79,10 @@ pub enum Command {
 
 impl Args {
     /// What holds as long as no setting says otherwise.
-    pub fn settings(&self, defaults: Settings) -> Settings {
+    pub fn settings(&self) -> Settings {
         Settings {
             warm: self.warm,
-            ..defaults
+            ..Settings::default()
         }
     }
 

@@ -32,7 +32,7 @@ use operations::Operations;
 use service::admission::{self, Admission};
 use service::pool::Pool;
 use service::registry::{Instance, Registry};
-use service::settings::{Keeper, Settings};
+use service::settings::Keeper;
 use service::templates::Shelf;
 use service::wiring::Finder;
 use service::{Mode, Parts, Service};
@@ -114,7 +114,7 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
     let templates = Shelf::open(&layout)?;
     templates.take_back_loans().await;
     recover::sweep_layers(&layout, &rows, &broken, &templates)?;
-    let settings = Keeper::load(&state, args.settings(Settings::default())).await?;
+    let settings = Keeper::load(&state, args.settings()).await?;
     let store = Store::open(StoreConfig::new(layout.images()))?;
     let network = start_network(&args.bridge, &state, &layout, &mode).await?;
     let instances: Vec<_> = rows

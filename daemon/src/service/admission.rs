@@ -37,14 +37,17 @@ pub enum Start {
     Warm,
 }
 
+/// A number of its own, since when, and how much.
+type Promised = Arc<Mutex<Vec<(u64, Instant, Size)>>>;
+
 pub struct Admission {
     available: fn() -> Option<Size>,
-    promised: Arc<Mutex<Vec<(u64, Instant, Size)>>>,
+    promised: Promised,
 }
 
 /// A launch's share; given back when dropped.
 pub struct Promise {
-    promised: Arc<Mutex<Vec<(u64, Instant, Size)>>>,
+    promised: Promised,
     number: u64,
 }
 

@@ -14,6 +14,7 @@ pub(crate) mod layers;
 mod leases;
 mod lifecycle;
 mod log;
+mod order;
 pub(crate) mod pool;
 pub(crate) mod registry;
 pub(crate) mod settings;

@@ -16,7 +16,8 @@ use pileus_instances::guest::seed;
 use pileus_instances::machine::{Driver, Vm};
 use pileus_instances::warm::{self, Saved};
 
-use super::launch::{Order, phase_time};
+use super::launch::phase_time;
+use super::order::Order;
 use super::pool::{Kind, Standby, seed_of};
 use super::registry::Instance;
 use super::settings::WarmMode;

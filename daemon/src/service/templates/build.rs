@@ -20,8 +20,8 @@ use pileus_instances::warm;
 
 use crate::http::listener::Peer;
 use crate::service::admission::Start;
-use crate::service::launch;
 use crate::service::lifecycle::bound;
+use crate::service::order;
 use crate::service::settings::WarmMode;
 use crate::service::templates::Stage;
 use crate::service::{Service, wiring};
@@ -38,7 +38,7 @@ const SETTLE: Duration = Duration::from_secs(5);
 impl Service {
     /// Makes a template because a person wants it.
     pub async fn create_template(&self, request: TemplateRequest, peer: Peer) -> Result<Operation> {
-        let mut wanted = launch::check_shape(request.image, request.cpus, request.memory)?;
+        let mut wanted = order::check_shape(request.image, request.cpus, request.memory)?;
         wanted.open_as(&self.parts.mode, peer)?;
         self.parts.hypervisor.get().await?;
         let service = self.clone();

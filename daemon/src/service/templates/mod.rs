@@ -188,7 +188,7 @@ impl Service {
             shape.image.clone(),
             shape.cpus,
             shape.memory,
-            super::launch::default_disk(image_size),
+            super::order::default_disk(image_size),
             &host.qemu,
             host.accelerator,
         )

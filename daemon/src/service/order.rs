@@ -1,0 +1,234 @@
+//! What a launch is asked for, and everything that can be wrong with it without looking at the host.
+
+use std::os::fd::AsRawFd;
+
+use pileus_api::LaunchRequest;
+use pileus_base::{Code, Error, InstanceName, Result, Size};
+use pileus_images::{Image, ImageRef};
+use pileus_instances::guest::cloud_init;
+
+use super::Mode;
+use crate::http::listener::Peer;
+use crate::state::demand::Shape;
+
+const MIN_MEMORY: Size = Size::mib(512);
+const MIN_DISK: Size = Size::gib(1);
+const DEFAULT_MEMORY: Size = Size::gib(1);
+pub(super) const DEFAULT_DISK: Size = Size::gib(5);
+/// The name that every host set-up can launch.
+const DEFAULT_IMAGE: &str = "default";
+/// More than any machine has; a typing mistake is more likely.
+const MAX_CPUS: u32 = 255;
+
+/// An image and a shape, checked.
+pub(super) struct Wanted {
+    pub source: String,
+    pub image: ImageRef,
+    pub cpus: u32,
+    pub memory: Size,
+    /// Keeps the image's file open until it is in the store.
+    pub file: Option<std::fs::File>,
+}
+
+/// A request that was checked.
+pub(super) struct Order {
+    pub wanted: Wanted,
+    pub name: Option<InstanceName>,
+    pub disk: Option<Size>,
+    pub user_data: Option<Vec<u8>>,
+    pub request: LaunchRequest,
+}
+
+impl Order {
+    pub(super) fn shape(&self, image: &Image) -> Shape {
+        Shape {
+            image: image.digest().clone(),
+            cpus: self.wanted.cpus,
+            memory: self.wanted.memory,
+        }
+    }
+}
+
+impl Wanted {
+    /// Opens the image's file with the caller's rights: from here on it is the very file that the
+    /// caller may read, whatever its name leads to later.
+    pub(super) fn open_as(&mut self, mode: &Mode, peer: Peer) -> Result<()> {
+        if let ImageRef::File(path) = &self.image
+            && let Some(file) = super::images::open_as(mode, peer, path)?
+        {
+            self.image = ImageRef::File(format!("/proc/self/fd/{}", file.as_raw_fd()).into());
+            self.file = Some(file);
+        }
+        Ok(())
+    }
+}
+
+/// The disk that a guest gets if nobody says.
+pub(super) fn default_disk(image_size: Size) -> Size {
+    DEFAULT_DISK.max(image_size)
+}
+
+/// What can be wrong with an image's name and a shape.
+pub(super) fn check_shape(
+    image: Option<String>,
+    cpus: Option<u32>,
+    memory: Option<Size>,
+) -> Result<Wanted> {
+    let source = image
+        .filter(|image| !image.is_empty())
+        .unwrap_or_else(|| DEFAULT_IMAGE.to_owned());
+    let image = source.parse()?;
+    let cpus = cpus.unwrap_or(1);
+    if cpus == 0 || cpus > MAX_CPUS {
+        return Err(Error::new(
+            Code::InvalidArgument,
+            format!("{cpus} is no possible number of CPUs"),
+        )
+        .advise(format!("Give a number from 1 to {MAX_CPUS}.")));
+    }
+    let memory = memory.unwrap_or(DEFAULT_MEMORY);
+    at_least("memory", memory, MIN_MEMORY)?;
+    Ok(Wanted {
+        source,
+        image,
+        cpus,
+        // QEMU wants whole mebibytes.
+        memory: memory.round_up(1 << 20),
+        file: None,
+    })
+}
+
+/// Everything that can be wrong with a request without looking at the host.
+pub(super) fn check(mut request: LaunchRequest) -> Result<Order> {
+    let wanted = check_shape(request.image.clone(), request.cpus, request.memory)?;
+    if let Some(disk) = request.disk {
+        at_least("disk", disk, MIN_DISK)?;
+    }
+    if request.disk_in_memory && request.lease.is_none() {
+        return Err(Error::new(
+            Code::InvalidArgument,
+            "A disk in memory is only for throw-away instances",
+        )
+        .advise("Give the launch a lease, or use `pileus run --tmpfs`."));
+    }
+    if let Some(zone) = &request.timezone {
+        let ok = zone.len() <= 64
+            && !zone.starts_with('/')
+            && !zone.contains("..")
+            && zone
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"/_+-".contains(&b));
+        if !ok {
+            return Err(Error::new(
+                Code::InvalidArgument,
+                format!("{zone:?} is no time zone's name"),
+            ));
+        }
+    }
+    let user_data = match request.user_data.take() {
+        Some(data) => Some(cloud_init::check(data.0)?.bytes),
+        None => None,
+    };
+    Ok(Order {
+        wanted,
+        name: request.name.clone(),
+        // A disk has whole sectors.
+        disk: request.disk.map(|disk| disk.round_up(512)),
+        user_data,
+        request,
+    })
+}
+
+fn at_least(what: &str, size: Size, least: Size) -> Result<()> {
+    if size >= least {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::InvalidSize,
+        format!("Invalid {what} size value supplied: {size}."),
+    )
+    .advise(format!("It must be at least {least}.")))
+}
+
+/// A random name that nobody has.
+pub(super) fn free_name(taken: &[String]) -> Result<InstanceName> {
+    for words in [2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3] {
+        if let Some(name) = petname::petname(words, "-")
+            && !taken.iter().any(|t| t.eq_ignore_ascii_case(&name))
+            && let Ok(name) = name.parse()
+        {
+            return Ok(name);
+        }
+    }
+    Err(Error::internal("No free random name was found").advise("Give a name with --name."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn code(request: LaunchRequest) -> Option<Code> {
+        check(request).err().map(|err| err.code)
+    }
+
+    #[test]
+    fn requests_that_can_not_work_are_told_at_once() {
+        assert_eq!(code(LaunchRequest::default()), None);
+        for (request, expected) in [
+            (
+                LaunchRequest {
+                    cpus: Some(0),
+                    ..Default::default()
+                },
+                Code::InvalidArgument,
+            ),
+            (
+                LaunchRequest {
+                    memory: Some(Size::mib(511)),
+                    ..Default::default()
+                },
+                Code::InvalidSize,
+            ),
+            (
+                LaunchRequest {
+                    disk: Some(Size::mib(1023)),
+                    ..Default::default()
+                },
+                Code::InvalidSize,
+            ),
+            (
+                LaunchRequest {
+                    image: Some("ftp://x/y".into()),
+                    ..Default::default()
+                },
+                Code::InvalidArgument,
+            ),
+            (
+                LaunchRequest {
+                    timezone: Some("../../etc/passwd".into()),
+                    ..Default::default()
+                },
+                Code::InvalidArgument,
+            ),
+            (
+                LaunchRequest {
+                    user_data: Some(pileus_api::Blob(b"a: [".to_vec())),
+                    ..Default::default()
+                },
+                Code::InvalidCloudInit,
+            ),
+        ] {
+            assert_eq!(code(request.clone()), Some(expected), "{request:?}");
+        }
+    }
+
+    #[test]
+    fn random_names_avoid_those_that_are_taken() {
+        let mut taken = Vec::new();
+        for _ in 0..200 {
+            let name = free_name(&taken).unwrap().to_string();
+            assert!(!taken.contains(&name));
+            taken.push(name);
+        }
+    }
+}
