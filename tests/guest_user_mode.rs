@@ -93,7 +93,7 @@ fn guest_user_mode() {
     assert!(opened.unwrap().success());
     let mut daemon = Daemon::start(Options {
         user: Some(USER.into()),
-        ..Options::real()
+        ..Options::warm()
     });
     let mode = daemon.run(&["version", "--format", "json"]);
     mode.ok();

@@ -6,6 +6,7 @@
 mod fake_faults;
 mod fake_life;
 mod fake_requests;
+mod fake_warm;
 mod guest_life;
 mod guest_setup;
 mod guest_user_mode;

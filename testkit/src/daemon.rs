@@ -10,19 +10,43 @@ use std::time::{Duration, Instant};
 
 use crate::cli::Output;
 use crate::netns::Namespace;
+use crate::template::{self, Planted};
 use crate::{image, program};
 
+/// Where a daemon finds programs.
+pub(crate) const PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin";
+
 /// How the daemon is to run.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Options {
     /// With the stand-in for QEMU.
     pub fake_qemu: bool,
     /// With the shared guest image in its store.
     pub guest_image: bool,
+    /// With the shared template of that image.
+    pub template: bool,
+    /// What `--warm` says: no test wants templates to be made behind its back.
+    pub warm: &'static str,
+    /// With a figure of free memory that [`Daemon::set_free_memory`] chooses.
+    pub own_meminfo: bool,
     /// As this user instead of root.
     pub user: Option<String>,
     /// Further arguments.
     pub args: Vec<String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            fake_qemu: false,
+            guest_image: false,
+            template: false,
+            warm: "off",
+            own_meminfo: false,
+            user: None,
+            args: Vec::new(),
+        }
+    }
 }
 
 impl Options {
@@ -39,12 +63,22 @@ impl Options {
             ..Self::default()
         }
     }
+
+    /// Real guests that are there in seconds.
+    pub fn warm() -> Self {
+        Self {
+            template: true,
+            warm: "manual",
+            ..Self::real()
+        }
+    }
 }
 
 pub struct Daemon {
     namespace: Namespace,
     folder: tempfile::TempDir,
     options: Options,
+    template: Option<Planted>,
     child: Option<Child>,
     mounted: bool,
 }
@@ -66,6 +100,7 @@ impl Daemon {
             namespace: Namespace::new().with_uplink(),
             folder,
             options,
+            template: None,
             child: None,
             mounted: false,
         };
@@ -73,10 +108,20 @@ impl Daemon {
         if daemon.options.guest_image {
             let images = daemon.storage().join("data/images");
             fs::create_dir_all(&images).expect("a folder can be made");
-            image::plant(&image::guest_image(), &images);
+            let image = image::shared();
+            image::plant(&image::folder_of(&image), &images);
+            if daemon.options.template {
+                let template = template::guest_template(&image);
+                daemon.template = Some(template.plant(&daemon.storage()));
+            }
         }
+        daemon.set_free_memory(1 << 40);
         daemon.give_to_user();
         daemon.start_again();
+        if daemon.options.warm != "off" {
+            // Clones that stand by take time and memory from the test beside.
+            daemon.run(&["set", "local.warm-pool=0"]).ok();
+        }
         daemon
     }
 
@@ -85,6 +130,44 @@ impl Daemon {
         let daemon = Self::start(Options::fake());
         daemon.write_fake_image();
         daemon
+    }
+
+    /// A fake daemon whose storage has a template for [`Self::launch_fake`] to start from.
+    pub fn fake_warm() -> Self {
+        let mut daemon = Self::start(Options {
+            warm: "manual",
+            ..Options::fake()
+        });
+        daemon.write_fake_image();
+        daemon.stop();
+        daemon.plant_fake_template();
+        daemon.start_again();
+        daemon
+    }
+
+    /// Puts the template into the storage (again), which the daemon must not have open.
+    pub fn plant_fake_template(&mut self) {
+        let image = image::import(&self.fake_image(), &self.storage().join("data/images"));
+        let qemu = self.fake_qemu();
+        self.template = Some(template::plant_fake(&self.storage(), &image, &qemu));
+    }
+
+    /// Gives the daemon a copy of the stand-in for QEMU of its own: another build than the one before.
+    pub fn exchange_fake_qemu(&self) {
+        let (own, new) = (
+            self.folder.path().join("fake-qemu"),
+            self.folder.path().join("fake-qemu.new"),
+        );
+        fs::copy(program("fake-qemu"), &new).expect("a program can be copied");
+        fs::rename(new, own).expect("a file can be renamed");
+    }
+
+    fn fake_qemu(&self) -> PathBuf {
+        let own = self.folder.path().join("fake-qemu");
+        match own.exists() {
+            true => own,
+            false => program("fake-qemu"),
+        }
     }
 
     /// A daemon whose storage is a file system of its own with so many bytes.
@@ -141,6 +224,16 @@ impl Daemon {
     /// Makes fake machines behave so: `never-boots`, `panics`, … (see `bin/fake-qemu`).
     pub fn fakes_do(&self, words: &str) {
         fs::write(self.storage().join("data/fake-qemu"), words).expect("a file can be written");
+    }
+
+    /// What a daemon with [`Options::own_meminfo`] takes for the host's free memory, in bytes.
+    pub fn set_free_memory(&self, bytes: u64) {
+        let line = format!("MemAvailable: {} kB\n", bytes >> 10);
+        fs::write(self.meminfo(), line).expect("a file can be written");
+    }
+
+    fn meminfo(&self) -> PathBuf {
+        self.folder.path().join("meminfo")
     }
 
     pub fn storage(&self) -> PathBuf {
@@ -202,10 +295,24 @@ impl Daemon {
             .open(self.folder.path().join("daemon.log"))
             .expect("a log can be made");
         let error_log = log.try_clone().expect("the log can be shared");
-        let mut command = self.inside(&program("pileusd"));
+        let pileusd = program("pileusd");
+        let mut command = match self.options.own_meminfo {
+            true => {
+                // The namespace's programs have a mount namespace of their own.
+                let script = r#"mount --bind "$0" /proc/meminfo && exec "$@""#;
+                let mut command = self.inside(Path::new("sh"));
+                command
+                    .args(["-c", script])
+                    .arg(self.meminfo())
+                    .arg(pileusd);
+                command
+            }
+            false => self.inside(&pileusd),
+        };
         command.arg("--storage").arg(self.storage());
+        command.args(["--warm", self.options.warm]);
         if self.options.fake_qemu {
-            command.arg("--qemu").arg(program("fake-qemu"));
+            command.arg("--qemu").arg(self.fake_qemu());
             // Chosen, not found: nothing to warn of.
             command.args(["--accelerator", "tcg"]);
         }
@@ -253,7 +360,8 @@ impl Daemon {
         if let Some(user) = &self.options.user {
             let status = Command::new("chown")
                 .arg("-R")
-                .arg(user)
+                // With the group: a file whose group is not mapped can't be given to anybody.
+                .arg(format!("{user}:"))
                 .arg(self.folder.path())
                 .status();
             assert!(status.is_ok_and(|s| s.success()), "chown to {user} failed");
@@ -275,7 +383,7 @@ impl Daemon {
         };
         command
             .env_clear()
-            .env("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin")
+            .env("PATH", PATH)
             .env("HOME", self.home())
             .env("TERM", "dumb")
             .env("LANG", "C.UTF-8");
@@ -324,6 +432,14 @@ impl Daemon {
         self.run(&["launch", &image, "--name", name])
     }
 
+    /// The template that was put into the storage.
+    ///
+    /// # Panics
+    /// If none was.
+    pub fn template(&self) -> &Planted {
+        self.template.as_ref().expect("the options say so")
+    }
+
     /// The folder of an instance's files.
     ///
     /// # Panics
@@ -333,6 +449,20 @@ impl Daemon {
         let folders: Vec<_> = folders.into_iter().flatten().flatten().collect();
         assert_eq!(folders.len(), 1, "{name} is not the only instance");
         folders[0].path()
+    }
+
+    /// How an instance was started: `cold`, `warm`, `fork`.
+    pub fn origin(&self, name: &str) -> String {
+        let kind = self.field(name, "/origin/kind");
+        kind.as_str().unwrap_or_default().to_owned()
+    }
+
+    /// What there is of templates and of the layers below instances, by relative path.
+    pub fn templates_and_layers(&self) -> Vec<PathBuf> {
+        let data = self.storage().join("data");
+        let mut found = crate::files_below(&data.join("templates"));
+        found.extend(crate::files_below(&data.join("layers")));
+        found
     }
 
     /// One field of an instance, by the API's name.

@@ -17,36 +17,51 @@ pub const SOURCE: &str = "build:debian-13";
 /// # Panics
 /// If the build fails.
 pub fn guest_image() -> PathBuf {
+    folder_of(&shared())
+}
+
+/// The same as the store knows it.
+pub(crate) fn shared() -> Arc<Image> {
     let root = store_root();
     fs::create_dir_all(&root).expect("the store's folder can be made");
     let lock = File::create(root.join("build.lock")).expect("a lock file can be made");
     lock.lock().expect("the lock can be taken");
-    let image = obtain(&root);
-    image
-        .disk()
-        .parent()
-        .expect("a disk lies in its image's folder")
-        .to_owned()
+    obtain(&root)
+}
+
+pub(crate) fn folder_of(image: &Image) -> PathBuf {
+    let folder = image.disk().parent().map(Path::to_owned);
+    folder.expect("a disk lies in its image's folder")
 }
 
 fn obtain(root: &Path) -> Arc<Image> {
+    get(&root.join("images"), SOURCE)
+}
+
+/// Brings a raw disk into a store that no daemon has open.
+pub(crate) fn import(disk: &Path, store: &Path) -> Arc<Image> {
+    get(store, &format!("file://{}", disk.display()))
+}
+
+fn get(store: &Path, source: &str) -> Arc<Image> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .expect("a runtime can be made");
     runtime.block_on(async {
-        let store = Store::open(StoreConfig::new(root.join("images"))).expect("the store opens");
-        let reference = SOURCE.parse().expect("the name is well-formed");
+        let store = Store::open(StoreConfig::new(store)).expect("the store opens");
+        let reference = source.parse().expect("the name is well-formed");
         store
             .obtain(&reference, None, &Reporter::silent())
             .await
             .unwrap_or_else(|err| {
-                panic!("the guest image can't be built: {err}\n{:?}", err.details)
+                panic!("the image {source} can't be had: {err}\n{:?}", err.details)
             })
     })
 }
 
-fn store_root() -> PathBuf {
+/// What outlives the tests.
+pub(crate) fn store_root() -> PathBuf {
     let test = std::env::current_exe().expect("a test knows its own program");
     let target = test
         .ancestors()

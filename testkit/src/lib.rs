@@ -1,6 +1,6 @@
 //! What tests stand on: a sealed world (network namespace, storage, environment), a daemon in it that
-//! can be killed and started again, the CLI with its output, the one guest image that all share, and
-//! a stand-in for QEMU (`bin/fake-qemu`).
+//! can be killed and started again, the CLI with its output, the one guest image and the one template
+//! that all share, and a stand-in for QEMU (`bin/fake-qemu`).
 //!
 //! A test reads like instructions; whatever is long belongs here. Things that can't run on this
 //! machine say so loudly: [`need`] prints `SKIPPED: reason`, and in CI it fails instead.
@@ -9,11 +9,13 @@ mod cli;
 mod daemon;
 mod image;
 mod netns;
+mod template;
 
 pub use cli::Output;
 pub use daemon::{Daemon, Options};
 pub use image::guest_image;
 pub use netns::Namespace;
+pub use template::Planted;
 
 use std::path::{Path, PathBuf};
 

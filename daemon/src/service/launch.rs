@@ -37,6 +37,15 @@ use crate::http::listener::Peer;
 use crate::state;
 use crate::state::instances::{History, InstanceRow, Spec, Stage, booted_cold};
 
+/// A launch under way.
+pub(super) struct Work<'a> {
+    pub order: &'a Order,
+    pub image: Arc<Image>,
+    pub report: &'a Reporter,
+    /// How long each phase took that is over.
+    pub phases: Vec<PhaseTime>,
+}
+
 impl Service {
     /// Begins a launch. What is wrong with the request itself is told at once.
     pub async fn launch(&self, request: LaunchRequest, peer: Peer) -> Result<Operation> {
@@ -142,12 +151,10 @@ impl Service {
         let mut instance = instance.clone();
         let watch = self.end_with_lease(&instance, report);
         let prepared = async {
-            let (image, mut phases) = self.fetch(order, &instance, report).await?;
-            let (restored, promise) = self
-                .restore_or_write(order, &mut instance, &image, &mut phases, report)
-                .await?;
-            let machine = self.own(&instance, image)?;
-            Ok((machine, restored, phases, promise))
+            let mut work = self.fetch(order, &instance, report).await?;
+            let (restored, promise) = self.restore_or_write(&mut work, &mut instance).await?;
+            let machine = self.own(&instance, work.image)?;
+            Ok((machine, restored, work.phases, promise))
         };
         let (machine, restored, phases, _promise) = match prepared.await {
             Ok(prepared) => prepared,
@@ -190,12 +197,12 @@ impl Service {
     }
 
     /// Gets the image and notes what the instance is made of.
-    async fn fetch(
+    async fn fetch<'a>(
         &self,
-        order: &Order,
+        order: &'a Order,
         instance: &Arc<Instance>,
-        report: &Reporter,
-    ) -> Result<(Arc<Image>, Vec<PhaseTime>)> {
+        report: &'a Reporter,
+    ) -> Result<Work<'a>> {
         let began = Instant::now();
         report.phase(Phase::ResolvingImage);
         let checksum = order.request.checksum.as_ref();
@@ -224,38 +231,34 @@ impl Service {
                 });
             })
             .await?;
-        Ok((image, vec![phase_time(Phase::ResolvingImage, began)]))
+        Ok(Work {
+            order,
+            image,
+            report,
+            phases: vec![phase_time(Phase::ResolvingImage, began)],
+        })
     }
 
     /// Starts the instance from a template if that is possible; otherwise makes what a boot needs.
     async fn restore_or_write(
         &self,
-        order: &Order,
+        work: &mut Work<'_>,
         instance: &mut Arc<Instance>,
-        image: &Arc<Image>,
-        phases: &mut Vec<PhaseTime>,
-        report: &Reporter,
     ) -> Result<(Option<RunningVm>, Promise)> {
-        let memory = order.wanted.memory;
-        let reason = match self.choose(order, image, report).await? {
+        let memory = work.order.wanted.memory;
+        let reason = match self.choose(work).await? {
             Choice::Warm(template) => {
                 let promise = self.admit(memory, Start::Warm).await?;
-                let began = phases.len();
-                if let Some(vm) = self
-                    .start_standby(order, instance, &template, phases, report)
-                    .await?
-                {
+                if let Some(vm) = self.start_standby(work, instance, &template).await? {
                     return Ok((Some(vm), promise));
                 }
-                match self
-                    .start_warm(order, instance, image, &template, phases, report)
-                    .await
-                {
+                let before = work.phases.len();
+                match self.start_warm(work, instance, &template).await {
                     Ok(vm) => return Ok((Some(vm), promise)),
                     Err(err) => {
-                        report.check()?;
-                        phases.truncate(began);
-                        Some(self.after_failed_restore(order, &template, err, report)?)
+                        work.report.check()?;
+                        work.phases.truncate(before);
+                        Some(self.after_failed_restore(work, &template, err)?)
                     }
                 }
             }
@@ -263,15 +266,16 @@ impl Service {
         };
         let promise = self.admit(memory, Start::Cold).await?;
         let began = Instant::now();
-        report.phase(Phase::Configuring);
+        work.report.phase(Phase::Configuring);
         let row = instance
             .change(|row| {
                 row.spec.layers.clear();
                 row.spec.origin = Origin::Cold { reason };
             })
             .await?;
-        self.write_files(order, &row, image, None).await?;
-        phases.push(phase_time(Phase::Configuring, began));
+        self.write_files(work.order, &row, &work.image, None)
+            .await?;
+        work.phases.push(phase_time(Phase::Configuring, began));
         Ok((None, promise))
     }
 

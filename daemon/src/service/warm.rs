@@ -6,9 +6,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use pileus_api::{Origin, PhaseTime, Warm};
-use pileus_base::{Code, Error, Phase, Reporter, Result, files};
-use pileus_images::Image;
+use pileus_api::{Origin, Warm};
+use pileus_base::{Code, Error, Phase, Result, files};
 use pileus_instances::driver::{RunningVm, SEED};
 use pileus_instances::guest::clone::{CloneMode, CloneNic, IdentitySpec};
 use pileus_instances::guest::keys::InstanceKeys;
@@ -16,7 +15,7 @@ use pileus_instances::guest::seed;
 use pileus_instances::machine::{Driver, Vm};
 use pileus_instances::warm::{self, Saved};
 
-use super::launch::phase_time;
+use super::launch::{Work, phase_time};
 use super::order::Order;
 use super::pool::{Kind, Standby, seed_of};
 use super::registry::Instance;
@@ -39,12 +38,8 @@ pub(super) enum Choice {
 
 impl Service {
     /// Looks for a template that fits.
-    pub(super) async fn choose(
-        &self,
-        order: &Order,
-        image: &Image,
-        report: &Reporter,
-    ) -> Result<Choice> {
+    pub(super) async fn choose(&self, work: &Work<'_>) -> Result<Choice> {
+        let (order, image, report) = (work.order, &work.image, work.report);
         let wish = order.request.warm.unwrap_or_default();
         if wish == Warm::Never {
             return Ok(Choice::Cold(None));
@@ -67,10 +62,10 @@ impl Service {
                 _ => Ok(Choice::Cold(Some(reason.to_owned()))),
             };
         };
-        let obstacle = match &order.user_data {
-            Some(_) => Some("the user data needs a boot".to_owned()),
-            None => None,
-        };
+        let obstacle = order
+            .user_data
+            .as_ref()
+            .map(|_| "the user data needs a boot".to_owned());
         let obstacle = obstacle.or_else(|| {
             let large = order
                 .user_data
@@ -99,12 +94,11 @@ impl Service {
     /// as before, and nothing runs.
     pub(super) async fn start_standby(
         &self,
-        order: &Order,
+        work: &mut Work<'_>,
         instance: &mut Arc<Instance>,
         template: &Arc<Template>,
-        phases: &mut Vec<PhaseTime>,
-        report: &Reporter,
     ) -> Result<Option<RunningVm>> {
+        let (order, report) = (work.order, work.report);
         let row = instance.row();
         if row.spec.disk_in_memory {
             return Ok(None);
@@ -125,7 +119,7 @@ impl Service {
         let named = report.or_cancelled(self.name_standby(order, instance, &standby));
         match named.await {
             Ok(()) => {
-                phases.push(phase_time(Phase::Identifying, began));
+                work.phases.push(phase_time(Phase::Identifying, began));
                 template.touch();
                 Ok(Some(standby.vm.watched_from_now()))
             }
@@ -198,13 +192,11 @@ impl Service {
     /// Starts the instance from the template. On error nothing runs; files may be left.
     pub(super) async fn start_warm(
         &self,
-        order: &Order,
+        work: &mut Work<'_>,
         instance: &Arc<Instance>,
-        image: &Arc<Image>,
         template: &Arc<Template>,
-        phases: &mut Vec<PhaseTime>,
-        report: &Reporter,
     ) -> Result<RunningVm> {
+        let (order, image, report) = (work.order, &work.image, work.report);
         let began = Instant::now();
         report.phase(Phase::Configuring);
         let checked = template.clone();
@@ -219,7 +211,7 @@ impl Service {
             .await?;
         let layer = Some((template.disk(), template.key.disk));
         self.write_files(order, &row, image, layer).await?;
-        phases.push(phase_time(Phase::Configuring, began));
+        work.phases.push(phase_time(Phase::Configuring, began));
         let grow_to = (row.spec.disk > template.key.disk).then_some(row.spec.disk);
         let keys = InstanceKeys::load(&self.parts.layout.instance(row.id))?;
         let mut identity = self.identity_of(&row, keys, CloneMode::Warm);
@@ -234,7 +226,7 @@ impl Service {
         };
         let driver = self.machine_config(instance, image.clone())?.driver;
         let (vm, more) = warm::restore(&driver, saved, report).await?;
-        phases.extend(more);
+        work.phases.extend(more);
         template.touch();
         Ok(vm)
     }
@@ -274,10 +266,9 @@ impl Service {
     /// wants no other; a template that is damaged is not tried again.
     pub(super) fn after_failed_restore(
         &self,
-        order: &Order,
+        work: &Work<'_>,
         template: &Arc<Template>,
         err: Error,
-        report: &Reporter,
     ) -> Result<String> {
         tracing::warn!(
             template = template.id, code = %err.code, %err, details = ?err.details,
@@ -298,14 +289,15 @@ impl Service {
                 }
             });
         }
-        if order.request.warm == Some(Warm::Require) {
+        if work.order.request.warm == Some(Warm::Require) {
             return Err(err);
         }
         let reason = format!(
             "starting from template {} failed: {}",
             template.id, err.message
         );
-        report.warn(format!("Booting instead of a warm start: {reason}"));
+        work.report
+            .warn(format!("Booting instead of a warm start: {reason}"));
         Ok(reason)
     }
 

@@ -27,6 +27,9 @@ END-OF-PILEUS-FILE
 put 755 "$dir/clone.py" <<'END-OF-PILEUS-FILE' && changed=1
 @CLONE@
 END-OF-PILEUS-FILE
+put 755 "$dir/stages.py" <<'END-OF-PILEUS-FILE' && changed=1
+@STAGES@
+END-OF-PILEUS-FILE
 put 600 "$etc/agent.json" <<'END-OF-PILEUS-FILE' && changed=1
 @SETTINGS@
 END-OF-PILEUS-FILE
@@ -36,6 +39,9 @@ END-OF-PILEUS-FILE
 put 644 "$etc/authorized_keys" <<'END-OF-PILEUS-FILE'
 @AUTHORIZED@
 END-OF-PILEUS-FILE
+
+# cloud-init runs for a clone whose agent is at work already.
+[ -e /run/pileus/keep-agent ] && exit 0
 
 if [ -d /run/systemd/system ]; then
     unit=/etc/systemd/system/pileus-agent.service

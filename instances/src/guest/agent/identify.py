@@ -10,6 +10,14 @@ HOOK_BOUND = 60.0
 # When the first command has had its time, the rest follows.
 SETTLE_AFTER = 1.0
 TIMERS_AFTER = 20.0
+# While it exists, the boot hook leaves the running agent alone.
+NO_RESTART = "/run/pileus/keep-agent"
+
+
+def prefer(nice, *pids):
+    for pid in pids:
+        if pid > 1:
+            attempt(os.setpriority, os.PRIO_PROCESS, pid, nice)
 
 
 class Steps:
@@ -43,13 +51,14 @@ def syscall(result, what):
 
 
 def new_boot_id():
-    """The kernel's own can't be changed, so another file lies over it."""
-    file = "/run/pileus/boot_id"
-    while libc.umount2(BOOT_ID.encode(), MNT_DETACH) == 0:
-        pass
+    """The kernel's own can't be changed, so another file lies over it: from the template on, because each
+    mount keeps PID 1 busy. So the file is written in place."""
     text = read_text("/proc/sys/kernel/random/uuid")
-    put(file, text, 0o444)
-    syscall(libc.mount(file.encode(), BOOT_ID.encode(), None, MS_BIND, None), "mount")
+    with open(BOOT_ID_FILE, "w") as file:
+        os.fchmod(file.fileno(), 0o444)
+        file.write(text)
+    if read_text(BOOT_ID) != text:
+        syscall(libc.mount(BOOT_ID_FILE.encode(), BOOT_ID.encode(), None, MS_BIND, None), "mount")
 
 
 def set_machine_id(text):
@@ -134,6 +143,32 @@ def write_cloud_init(old, change):
         put(path.replace(home + was, home + now), pickle_join(parts, change.text), mode, owner)
 
 
+def forget_cloud_init(agent):
+    """Leaves what a first boot finds, for cloud-init to run as in one."""
+    remove(CLOUD_LIB + "/instances/*", CLOUD_LIB + "/instance", CLOUD_LIB + "/data/*", CLOUD_RUN + "/sem/*",
+           *(CLOUD_RUN + "/" + name for name in (
+               "status.json", "result.json", "instance-data*.json", ".instance-id", "cloud-id*",
+               "combined-cloud-config.json", "network-config.json")))
+    agent.cloud, agent.cloud_seen, agent.cloud_done = None, None, False
+
+
+def tell_stages(word):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(2)
+        sock.connect(STAGES_SOCKET)
+        sock.sendall(word)
+
+
+def run_cloud_init():
+    """By the process that waits for it, or (a fork has none) by a new one."""
+    put(NO_RESTART, "")
+    if attempt(tell_stages, b"run"):
+        return
+    remove(STAGES_SOCKET)
+    start_stages(time.monotonic() + 60)
+    tell_stages(b"run")
+
+
 def write_network(nic, instance):
     mac = nic["mac"].lower()
     if not re.match(r"^([0-9a-f]{2}:){5}[0-9a-f]{2}$", mac):
@@ -142,9 +177,11 @@ def write_network(nic, instance):
     if os.path.isdir(os.path.dirname(NETPLAN)):
         put(NETPLAN, "network:\n  version: 2\n  ethernets:\n    eth0:\n      match:\n"
             "        macaddress: \"%s\"\n      dhcp-identifier: \"mac\"\n      dhcp4: true\n"
+            "      dhcp4-overrides:\n        use-hostname: false\n"
             "      set-name: \"eth0\"\n" % mac, 0o600)
-    config = {"version": 2, "ethernets": {"eth0": {"match": {"macaddress": mac}, "set-name": "eth0",
-                                                   "dhcp4": True, "dhcp-identifier": "mac"}}}
+    config = {"version": 2, "ethernets": {"eth0": {
+        "match": {"macaddress": mac}, "set-name": "eth0", "dhcp4": True, "dhcp-identifier": "mac",
+        "dhcp4-overrides": {"use-hostname": False}}}}
     folder = CLOUD_LIB + "/instances/" + instance
     if os.path.isdir(folder):
         put(folder + "/network-config.json",
@@ -251,6 +288,8 @@ def grow_root():
 def identify(agent, request):
     """Makes this clone the machine that the request describes. Returns [[step, milliseconds]]."""
     steps = Steps()
+    # What only reacts to the news (PID 1, the resolver) can wait.
+    prefer(-10, os.getpid())
     full = request.get("mode") == "full"
     reseed(bytes.fromhex(request["entropy"]))
     time.clock_settime(time.CLOCK_REALTIME, float(request["time"]))
@@ -272,11 +311,16 @@ def identify(agent, request):
     new_boot_id()
     set_hostname(old.hostname, request["hostname"])
     steps.mark("ids and names")
-    put(agent.paths.etc + "/agent.json", json.dumps(settings, sort_keys=True) + "\n", 0o600)
+    # Byte by byte what the boot hook writes, so that it has no reason to start the agent anew.
+    put(agent.paths.etc + "/agent.json",
+        json.dumps(settings, sort_keys=True, separators=(",", ":")) + "\n", 0o600)
     agent.settings = settings
     write_keys(agent, old, change, request)
     steps.mark("keys")
-    write_cloud_init(old, change)
+    if request.get("cloud_init"):
+        forget_cloud_init(agent)
+    else:
+        write_cloud_init(old, change)
     steps.mark("cloud-init's record")
     nic = request.get("nic")
     network = None
@@ -292,26 +336,37 @@ def identify(agent, request):
     if full:
         restart_all(agent, steps)
     else:
-        send_signal(quiet.stopped.get("sshd", 0), signal.SIGHUP)
-        for pid in (quiet.stopped.get("networkd", 0),):
-            send_signal(pid, signal.SIGCONT)
+        send_signal(quiet.stopped.get("networkd", 0), signal.SIGCONT)
     if request.get("grow"):
         grow_root()
         steps.mark("grow")
+    prefer(0, os.getpid())
     if network:
         network.wait(nic, steps)
     agent.quiet = None
-    return {"steps": steps.done}, lambda: settle(agent, quiet, full)
+    return {"steps": steps.done}, lambda: settle(agent, quiet, bool(request.get("cloud_init")))
 
 
-def settle(agent, quiet, full):
+def settle(agent, quiet, cloud_init):
     """What nobody waits for."""
     agent.greet()
-    time.sleep(SETTLE_AFTER)
-    if not full:
+    if cloud_init:
+        # What it logs is to be kept from the beginning.
+        send_signal(quiet.stopped.get("journald", 0), signal.SIGKILL)
+        run_cloud_init()
+        # As in a boot: sshd starts when cloud-init has written keys and users.
+        deadline = time.monotonic() + 120
+        while not users_are_made(agent.paths.cloud) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    else:
+        time.sleep(SETTLE_AFTER)
         # The one with the template's id has done nothing since; its successor reads what waits for it.
         send_signal(quiet.stopped.get("journald", 0), signal.SIGKILL)
-        send_signal(quiet.stopped.get("sshd", 0), signal.SIGCONT)
+    # It executes itself anew before it takes the next connection, and reads the new keys.
+    send_signal(quiet.stopped.get("sshd", 0), signal.SIGHUP)
+    send_signal(quiet.stopped.get("sshd", 0), signal.SIGCONT)
+    if not cloud_init:
+        attempt(tell_stages, b"end")
     os.sync()
     if quiet.timers:
         time.sleep(TIMERS_AFTER)
@@ -344,8 +399,7 @@ def rehearse(agent, quiet):
         change.keys(text)
     for parts, _ in quiet.old.pickles.values():
         pickle_join(parts, change.text)
-    attempt(new_boot_id)
-    libc.umount2(BOOT_ID.encode(), MNT_DETACH)
+    new_boot_id()
     flush_seed()
     network = Network()
     network.ready({"mac": "x", "address": "y"})

@@ -14,6 +14,7 @@ import shutil
 
 MACHINE_ID = "/etc/machine-id"
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
+BOOT_ID_FILE = "/run/pileus/boot_id"
 GENERATION = "/run/pileus/generation"
 CLOUD_LIB = "/var/lib/cloud"
 CLOUD_RUN = "/run/cloud-init"
@@ -48,6 +49,7 @@ LinkLocalAddressing=ipv6
 ClientIdentifier=mac
 RouteMetric=100
 UseMTU=true
+UseHostname=false
 """
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -218,6 +220,7 @@ class Quiet:
         self.stopped = {}
         self.timers = []
         self.helper = None
+        self.rehearsed = False
 
 
 def wait_for_boot(agent, deadline):
@@ -278,13 +281,34 @@ def forget_identity(old):
         attempt(os.truncate, "/var/lib/dbus/machine-id", 0)
 
 
+STAGES_SOCKET = "/run/pileus/stages.sock"
+STAGES_UNIT = "pileus-cloud-init.service"
+
+
+def start_stages(deadline):
+    """cloud-init, loaded and waiting for the word, in a unit of its own: what user data starts must not end
+    with the agent."""
+    words = read_text("/usr/bin/cloud-init", 200).split("\n", 1)[0].lstrip("#!").split()
+    if not words or not os.path.exists(words[0]):
+        raise RuntimeError("cloud-init's Python is not known")
+    script = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "stages.py")
+    os.makedirs("/run/pileus", mode=0o755, exist_ok=True)
+    run(["systemd-run", "--quiet", "--collect", "--unit=" + STAGES_UNIT, "--property=KillMode=process",
+         "--property=TasksMax=infinity", "--property=StandardOutput=journal+console",
+         "--property=StandardError=journal+console", *words, script])
+    while not os.path.exists(STAGES_SOCKET):
+        if time.monotonic() > deadline:
+            raise RuntimeError("cloud-init was not loaded in time")
+        time.sleep(0.05)
+
+
 def rehearse_login(agent):
     """One login over a pair of pipes: all that a first command needs is then in memory, and the user's own
     service manager runs. The keys live only for this."""
     name = str(agent.settings.get("user", "ubuntu"))
     etc = agent.paths.etc
     folder = "/run/pileus/rehearsal"
-    os.makedirs(folder, mode=0o700, exist_ok=True)
+    os.makedirs(folder, mode=0o755, exist_ok=True)
     try:
         for key in ("host", "client"):
             run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder + "/" + key])
@@ -318,6 +342,7 @@ def quiesce(agent, bound):
     quiet.old.collect()
     sshd = next((pid for pid in map(main_pid, SSHD_UNITS) if pid), 0)
     # From here on nothing is written to the old journal that anybody would read.
+    attempt(start_stages, deadline)
     journald = main_pid(JOURNALD)
     attempt(run, ["journalctl", "--rotate"])
     send_signal(journald, signal.SIGSTOP)
@@ -333,7 +358,8 @@ def quiesce(agent, bound):
     os.sync()
     with open("/proc/sys/vm/drop_caches", "w") as file:
         file.write("3\n")
-    attempt(rehearse_login, agent)
+    agent.login_user(5)
+    quiet.rehearsed = attempt(rehearse_login, agent)
     if not os.path.exists(HOOKS):
         attempt(os.makedirs, HOOKS, 0o755)
     quiet.stopped = {"networkd": networkd, "journald": journald, "sshd": sshd}
@@ -342,4 +368,5 @@ def quiesce(agent, bound):
         send_signal(pid, signal.SIGSTOP)
     os.sync()
     agent.quiet = quiet
-    return {"stopped": quiet.stopped, "timers": quiet.timers, "files": len(quiet.old.files)}
+    return {"stopped": quiet.stopped, "timers": quiet.timers, "files": len(quiet.old.files),
+            "rehearsed": quiet.rehearsed}

@@ -48,6 +48,16 @@ fn speak(machine: &Machine, writer: &Writer) {
         }
         told = boot;
         send(writer, &hello(machine));
+        // A clone says nothing more until it is somebody.
+        while machine.is_template.load(Ordering::SeqCst) {
+            if locked(writer).is_none() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if machine.was_restored {
+            send(writer, &hello(machine));
+        }
         send(writer, &cloud_init("running", &[]));
         send(writer, &report(machine));
         machine.pause_for("cloud-init-ms");
@@ -79,6 +89,28 @@ fn answer(machine: &Arc<Machine>, stream: UnixStream, writer: &Writer) {
                 send(writer, &report(machine));
             }
             "ping" | "set-time" | "set-keys" | "ssh-close" | "poweroff" | "reboot" => (),
+            "quiesce" => {
+                machine.pause_for("quiesce-ms");
+                if machine.has("quiesce-fails") {
+                    reply["ok"] = json!(false);
+                    reply["error"] = json!("fake: told not to be quiet");
+                }
+            }
+            "identify" => {
+                machine.pause_for("identify-ms");
+                // Says nothing at all, as a guest that did not survive.
+                if machine.has("identify-hangs") {
+                    continue;
+                }
+                if machine.has("identify-fails") {
+                    reply["ok"] = json!(false);
+                    reply["error"] = json!("fake: told to be nobody");
+                }
+                reply["steps"] = json!([["fake", 1]]);
+            }
+            "identity" => {
+                reply["items"] = json!({"machine-id": [std::process::id().to_string()]});
+            }
             "ensure-user" => {
                 reply["login"] = json!({"user": "ubuntu", "uid": 1000, "home": "/home/ubuntu"});
             }
@@ -91,6 +123,7 @@ fn answer(machine: &Arc<Machine>, stream: UnixStream, writer: &Writer) {
             return;
         }
         match what {
+            "identify" => machine.is_template.store(false, Ordering::SeqCst),
             "poweroff" => machine.shut_down(true, "guest-shutdown"),
             "reboot" => machine.reset(true, "guest-reset"),
             _ => (),
@@ -104,6 +137,7 @@ fn hello(machine: &Machine) -> Value {
         "boot_id": format!("boot-{}-{}", std::process::id(), machine.boots.load(Ordering::SeqCst)),
         "hostname": machine.name, "kernel": KERNEL, "machine": "x86_64", "python": "3",
         "os": "Fake GNU/Linux", "pid": 1, "instance": "",
+        "template": machine.is_template.load(Ordering::SeqCst),
     })
 }
 

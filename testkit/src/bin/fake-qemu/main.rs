@@ -10,6 +10,9 @@
 //! * `panics`, `powers-off`, `exits`, `crashes`: does that instead of coming up;
 //! * `cloud-init-error`, `cloud-init-degraded`, `cloud-init-hangs`;
 //! * `ignores-powerdown`: the power button does nothing;
+//! * `quiesce-fails`, `save-fails`, `restore-fails`, `identify-fails`, `identify-hangs`: no template, or no
+//!   clone of one, comes of it;
+//! * `quiesce-ms=N`, `save-ms=N`, `restore-ms=N`, `identify-ms=N`: how long these take (20 each);
 //! * `boot-ms=N`, `cloud-init-ms=N`: how long these take (20 each);
 //! * `address=IP/PREFIX`: what the agent reports for `eth0`.
 
@@ -51,6 +54,10 @@ pub struct Machine {
     /// Whether the guest is up, and which boot this is.
     pub up: AtomicBool,
     pub boots: AtomicU64,
+    /// Started with `-incoming`: it goes on from a saved moment instead of booting.
+    pub was_restored: bool,
+    /// Until it is told who it is.
+    pub is_template: AtomicBool,
 }
 
 pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -108,6 +115,14 @@ impl Machine {
         std::thread::spawn(move || machine.boot());
     }
 
+    /// A restored guest goes on at once.
+    pub fn wakes_up(&self) {
+        if self.was_restored && self.boots.load(Ordering::SeqCst) == 0 {
+            self.boots.fetch_add(1, Ordering::SeqCst);
+            self.up.store(true, Ordering::SeqCst);
+        }
+    }
+
     fn boot(&self) {
         self.boots.fetch_add(1, Ordering::SeqCst);
         self.say("Linux version 0.0-fake");
@@ -146,15 +161,18 @@ fn run(args: &[String]) {
     };
     let log = log_fd(args);
     let folder = log.and_then(|fd| std::fs::read_link(format!("/proc/self/fd/{fd}")).ok());
+    let restored = args.iter().any(|arg| arg == "-incoming");
     let machine = Arc::new(Machine {
         name: name.to_owned(),
         words: words(folder.as_deref(), name),
         // SAFETY: the number was handed over for just this, and is used once.
         log: log.map(|fd| Mutex::new(unsafe { File::from_raw_fd(fd) })),
         client: Mutex::default(),
-        running: AtomicBool::new(true),
+        running: AtomicBool::new(!restored),
         up: AtomicBool::new(false),
         boots: AtomicU64::new(0),
+        was_restored: restored,
+        is_template: AtomicBool::new(restored),
     });
     if machine.has("fails-at-start") {
         eprintln!("fake-qemu: told to fail at the start");
@@ -173,8 +191,10 @@ fn run(args: &[String]) {
             std::thread::spawn(move || swallow(&port));
         }
     }
-    let booting = machine.clone();
-    std::thread::spawn(move || booting.boot());
+    if !restored {
+        let booting = machine.clone();
+        std::thread::spawn(move || booting.boot());
+    }
     control::serve(&machine, &qmp);
 }
 
