@@ -10,6 +10,10 @@ use std::io::Read;
 use pileus_base::{Code, Error, Result};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+#[path = "cloud_init_warm.rs"]
+mod warm;
+pub use warm::warm_obstacle;
+
 /// Most bytes of user data, packed and unpacked.
 pub const MAX_USER_DATA: usize = 16 << 20;
 const ADVICE: &str = "User data begins with #cloud-config and YAML, or is a script (#!), an \
