@@ -2,7 +2,7 @@
 //! and started again; at the end everything that it started is ended too.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -329,8 +329,15 @@ impl Daemon {
         self.child = Some(command.spawn().expect("pileusd can be started"));
     }
 
+    /// The socket is there before the start has cleaned up, so only an answer counts.
     fn answers(&self) -> bool {
-        std::os::unix::net::UnixStream::connect(self.socket()).is_ok()
+        let ask = || -> std::io::Result<bool> {
+            let mut stream = std::os::unix::net::UnixStream::connect(self.socket())?;
+            stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+            stream.write_all(b"GET / HTTP/1.1\r\nHost: pileus\r\nConnection: close\r\n\r\n")?;
+            Ok(stream.read(&mut [0; 16])? > 0)
+        };
+        ask().unwrap_or(false)
     }
 
     /// Ends the daemon as an upgrade does.

@@ -148,9 +148,16 @@ fn perform(
             Some(Ok(())) => json!({"status": "completed"}),
             Some(Err(why)) => json!({"status": "failed", "error-desc": why}),
         }),
-        "query-cpus-fast" | "query-block" => Ok(json!([])),
-        "migrate-set-capabilities" | "migrate-set-parameters" | "migrate_cancel"
-        | "blockdev-set-active" | "block_resize" => Ok(json!({})),
+        "query-cpus-fast" => Ok(json!([])),
+        "query-block" => Ok(json!([{
+            "qdev": "/machine/peripheral/vda/virtio-backend",
+            "inserted": {"node-name": "disk", "image": {"virtual-size": 5_u64 << 30}},
+        }])),
+        "migrate-set-capabilities"
+        | "migrate-set-parameters"
+        | "migrate_cancel"
+        | "blockdev-set-active"
+        | "block_resize" => Ok(json!({})),
         "qmp_capabilities" | "getfd" | "closefd" | "stop" | "cont" | "system_reset"
         | "system_powerdown" | "quit" => Ok(json!({})),
         _ => Err(format!("The command {name} has not been found")),
