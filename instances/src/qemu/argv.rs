@@ -213,13 +213,19 @@ impl Builder<'_> {
             let read = (self.hand)(What::Read(layer.clone()))?;
             let set = self.sets;
             self.option("-add-fd", format!("fd={read},set={set}"));
+            // Nobody reads the disk of a throw-away machine after its end: its writes need not reach
+            // the host's disk.
+            let flush = match spec.ends_with_daemon {
+                true => ",cache.no-flush=on,file.cache.no-flush=on",
+                false => "",
+            };
             // The file within, not beside: a node of its own would stay writable.
             self.option(
                 "-blockdev",
                 format!(
                     "driver=qcow2,node-name=disk,file.driver=file,file.node-name=disk-file,\
                      file.filename={file},file.discard=unmap,backing={below},discard=unmap,\
-                     detect-zeroes=unmap"
+                     detect-zeroes=unmap{flush}"
                 ),
             );
         }
