@@ -69,6 +69,7 @@ pub async fn clean_up(
         .chain(broken.iter().map(|row| row.id.clone()))
         .collect();
     sweep_folders(layout, &known).await?;
+    sweep_run(layout, &known)?;
     Ok((kept, broken))
 }
 
@@ -82,6 +83,22 @@ fn is_half_made(row: &InstanceRow) -> bool {
             row.stage,
             Stage::Purging | Stage::Is(InstanceState::Creating)
         )
+}
+
+/// Sockets of machines that are gone: of a template that was being made, of a clone that stood by.
+fn sweep_run(layout: &pileus_base::Layout, known: &HashSet<String>) -> Result<()> {
+    let kept: HashSet<_> = known
+        .iter()
+        .filter_map(|id| Some(layout.instance_run(uuid::Uuid::parse_str(id).ok()?)))
+        .collect();
+    let folder = layout.run.join("i");
+    for entry in std::fs::read_dir(&folder).into_iter().flatten() {
+        let path = entry.io("Looking through the run folder")?.path();
+        if !kept.contains(&path) {
+            files::remove_folder(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// A fork of it may have been cut off.

@@ -27,7 +27,7 @@ impl Service {
     pub async fn fork(&self, name: &str, request: ForkRequest) -> Result<ForkReply> {
         let source = self.parts.registry.get_usable(name)?;
         let row = source.row();
-        if source.machine()?.snapshot().state != InstanceState::Running {
+        if source.machine_soon().await?.snapshot().state != InstanceState::Running {
             return Err(Error::new(
                 Code::WrongState,
                 format!("Instance '{name}' is not running"),
@@ -150,7 +150,7 @@ impl Service {
             layer: disk,
             memory: file,
         };
-        let frozen = source.machine()?.freeze(freeze).await?;
+        let frozen = source.machine_soon().await?.freeze(freeze).await?;
         let paused = u64::try_from(frozen.paused.as_millis()).unwrap_or(u64::MAX);
         report.log(format!("'{}' stood still for {paused} ms", row.name));
         Ok((memory, frozen))

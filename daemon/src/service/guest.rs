@@ -16,7 +16,7 @@ impl Service {
     /// What makes the instance itself, as its guest tells.
     pub async fn identity(&self, name: &str) -> Result<Identity> {
         let instance = self.parts.registry.get_usable(name)?;
-        let guest = instance.machine()?.guest()?;
+        let guest = instance.machine_soon().await?.guest()?;
         let items = guest.identity(IDENTITY_BOUND).await?;
         Ok(Identity {
             name: instance.row().name,
@@ -30,7 +30,7 @@ impl Service {
     /// Runs a command (or a shell) in a running instance.
     pub async fn exec(&self, name: &str, request: ExecRequest) -> Result<ExecSession> {
         let instance = self.parts.registry.get_usable(name)?;
-        let guest = instance.machine()?.guest()?;
+        let guest = instance.machine_soon().await?.guest()?;
         guest
             .exec(&ExecSpec {
                 command: request.command,
@@ -48,7 +48,7 @@ impl Service {
     /// Connects to a TCP port on a running guest's loopback.
     pub async fn port(&self, name: &str, port: u16) -> Result<PortStream> {
         let instance = self.parts.registry.get_usable(name)?;
-        let guest = instance.machine()?.guest()?;
+        let guest = instance.machine_soon().await?.guest()?;
         guest.port(port).await
     }
 }

@@ -10,6 +10,7 @@ use pileus_api::{
 use pileus_base::{Phase, Reporter, Result, files};
 use pileus_instances::machine::{BOOT_TIMEOUT, SHUTDOWN_TIMEOUT};
 
+use super::admission::Start;
 use super::registry::Instance;
 use super::{Service, convert};
 use crate::state;
@@ -23,11 +24,16 @@ pub(super) fn bound(seconds: Option<u64>, default: Duration) -> Duration {
 impl Service {
     pub async fn start(&self, name: &str, request: &StartRequest) -> Result<Operation> {
         let instance = self.parts.registry.get_usable(name)?;
-        let machine = instance.machine()?.clone();
+        let machine = instance.machine_soon().await?.clone();
         let timeout = bound(request.timeout, BOOT_TIMEOUT);
+        let (service, memory) = (self.clone(), instance.row().spec.memory);
         self.parts
             .operations
             .begin(OperationKind::Start, name, |report| async move {
+                let _promise = match machine.snapshot().state {
+                    InstanceState::Stopped => Some(service.admit(memory, Start::Cold).await?),
+                    _ => None,
+                };
                 machine.start(timeout, Vec::new(), report).await
             })
             .await
@@ -35,7 +41,7 @@ impl Service {
 
     pub async fn stop(&self, name: &str, request: &StopRequest) -> Result<Operation> {
         let instance = self.parts.registry.get_usable(name)?;
-        let machine = instance.machine()?.clone();
+        let machine = instance.machine_soon().await?.clone();
         let timeout = bound(request.timeout, SHUTDOWN_TIMEOUT);
         let force = request.force;
         self.parts
@@ -48,7 +54,7 @@ impl Service {
 
     pub async fn restart(&self, name: &str, request: &StartRequest) -> Result<Operation> {
         let instance = self.parts.registry.get_usable(name)?;
-        let machine = instance.machine()?.clone();
+        let machine = instance.machine_soon().await?.clone();
         let timeout = bound(request.timeout, BOOT_TIMEOUT);
         self.parts
             .operations
@@ -64,7 +70,7 @@ impl Service {
         // Its launch still writes its files: that has to be cancelled, not pulled away. Otherwise one
         // that can't run can at least be purged.
         if !purge || instance.row().stage == Stage::Is(InstanceState::Creating) {
-            instance.machine()?;
+            instance.machine_soon().await?;
         }
         let service = self.clone();
         self.parts

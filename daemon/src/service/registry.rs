@@ -3,16 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
 
-use pileus_api::{ErrorBody, Event};
+use pileus_api::{ErrorBody, Event, InstanceState};
 use pileus_base::{Code, Error, Result};
 use pileus_instances::driver::QemuDriver;
 use pileus_instances::machine::{Journal, Machine, Snapshot};
+use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::hub::Hub;
 use crate::state::instances::{InstanceRow, Stage};
 use crate::state::{self, State};
+
+/// How long a request waits for a recovery that is under way.
+const TAKE_UP_BOUND: Duration = Duration::from_secs(20);
 
 /// One instance.
 pub struct Instance {
@@ -21,6 +26,8 @@ pub struct Instance {
     /// Held while a change travels to the database, so that changes don't overtake each other.
     writing: tokio::sync::Mutex<()>,
     machine: OnceLock<Result<Machine<QemuDriver>, ErrorBody>>,
+    /// Told when the machine is there.
+    settled: Notify,
     state: State,
     hub: Hub,
 }
@@ -32,6 +39,7 @@ impl Instance {
             row: RwLock::new(row),
             writing: tokio::sync::Mutex::new(()),
             machine: OnceLock::new(),
+            settled: Notify::new(),
             state,
             hub,
         })
@@ -57,11 +65,23 @@ impl Instance {
         }
     }
 
+    /// As [`Instance::machine`]; right after the daemon's start it waits until the instance was taken up
+    /// again.
+    pub async fn machine_soon(&self) -> Result<&Machine<QemuDriver>> {
+        let settled = self.settled.notified();
+        let prepared = self.row().stage == Stage::Is(InstanceState::Creating);
+        if self.machine.get().is_none() && !prepared {
+            let _ = tokio::time::timeout(TAKE_UP_BOUND, settled).await;
+        }
+        self.machine()
+    }
+
     pub fn set_machine(&self, machine: Machine<QemuDriver>) {
         // There is one launch and one recovery; a second task would be a second owner.
         if self.machine.set(Ok(machine)).is_err() {
             tracing::error!(instance = %self.id, "has a task already");
         }
+        self.settled.notify_waiters();
     }
 
     /// Says why the instance can't have a task: nothing but deleting it is possible.
@@ -69,6 +89,7 @@ impl Instance {
         if self.machine.set(Err(trouble)).is_err() {
             tracing::error!(instance = %self.id, "has a task already");
         }
+        self.settled.notify_waiters();
     }
 
     /// What its task knows, if there is one.
