@@ -7,8 +7,9 @@
 RNDADDENTROPY, RNDRESEEDCRNG, BLKFLSBUF = 0x40085203, 0x5207, 0x1261
 NETWORK_BOUND = 20.0
 HOOK_BOUND = 60.0
-# When the first command has had its time, the rest follows.
-SETTLE_AFTER = 1.0
+# The rest follows when the guest has nothing else to do for a while, and at the latest after a time.
+IDLE_FOR = 0.3
+SETTLE_AFTER = 5.0
 TIMERS_AFTER = 20.0
 # While it exists, the boot hook leaves the running agent alone.
 NO_RESTART = "/run/pileus/keep-agent"
@@ -289,7 +290,7 @@ def identify(agent, request):
     """Makes this clone the machine that the request describes. Returns [[step, milliseconds]]."""
     steps = Steps()
     # What only reacts to the news (PID 1, the resolver) can wait.
-    prefer(-10, os.getpid())
+    prefer(-10, os.getpid(), threading.get_native_id())
     full = request.get("mode") == "full"
     reseed(bytes.fromhex(request["entropy"]))
     time.clock_settime(time.CLOCK_REALTIME, float(request["time"]))
@@ -307,10 +308,13 @@ def identify(agent, request):
         if request.get(key):
             settings[key] = request[key]
     change = Change(old, request, settings)
+    steps.mark("the change")
     set_machine_id(request["machine_id"])
+    steps.mark("machine-id")
     new_boot_id()
+    steps.mark("boot-id")
     set_hostname(old.hostname, request["hostname"])
-    steps.mark("ids and names")
+    steps.mark("names")
     # Byte by byte what the boot hook writes, so that it has no reason to start the agent anew.
     put(agent.paths.etc + "/agent.json",
         json.dumps(settings, sort_keys=True, separators=(",", ":")) + "\n", 0o600)
@@ -334,17 +338,36 @@ def identify(agent, request):
     run_hooks(request)
     steps.mark("hooks")
     if full:
-        restart_all(agent, steps)
+        restart_all(steps, nic)
     else:
         send_signal(quiet.stopped.get("networkd", 0), signal.SIGCONT)
     if request.get("grow"):
         grow_root()
         steps.mark("grow")
-    prefer(0, os.getpid())
+    prefer(0, os.getpid(), threading.get_native_id())
     if network:
         network.wait(nic, steps)
     agent.quiet = None
     return {"steps": steps.done}, lambda: settle(agent, quiet, bool(request.get("cloud_init")))
+
+
+def processor_times():
+    """Ticks of this guest's processors so far: without work, and all."""
+    ticks = [int(word) for word in read_text("/proc/stat", 4096).split("\n", 1)[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
+
+
+def wait_idle(length, bound):
+    deadline = time.monotonic() + bound
+    quiet_since = time.monotonic()
+    idle, total = processor_times()
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        before, (idle, total) = (idle, total), processor_times()
+        if idle - before[0] < 0.7 * (total - before[1]):
+            quiet_since = time.monotonic()
+        elif time.monotonic() - quiet_since >= length:
+            return
 
 
 def settle(agent, quiet, cloud_init):
@@ -359,7 +382,7 @@ def settle(agent, quiet, cloud_init):
         while not users_are_made(agent.paths.cloud) and time.monotonic() < deadline:
             time.sleep(0.1)
     else:
-        time.sleep(SETTLE_AFTER)
+        wait_idle(IDLE_FOR, SETTLE_AFTER)
         # The one with the template's id has done nothing since; its successor reads what waits for it.
         send_signal(quiet.stopped.get("journald", 0), signal.SIGKILL)
     # It executes itself anew before it takes the next connection, and reads the new keys.
@@ -375,11 +398,16 @@ def settle(agent, quiet, cloud_init):
         attempt(run, ["systemctl", "--no-block", "start", *quiet.timers])
 
 
-def restart_all(agent, steps):
+def restart_all(steps, nic):
     """A fork of a running guest: those who cached something are started anew, one by one."""
     run(["systemctl", "daemon-reexec"])
     steps.mark("PID 1")
-    run(["systemctl", "restart", JOURNALD, NETWORKD])
+    run(["systemctl", "restart", JOURNALD, NETWORKD, "systemd-logind.service"])
+    attempt(run, ["udevadm", "control", "--reload"])
+    # A card that came before its files has another name.
+    for card in addresses():
+        if nic and card["mac"] == nic["mac"].lower() and card["name"] != "eth0":
+            run(["udevadm", "trigger", "--settle", "--action=add", "/sys/class/net/" + card["name"]])
     for unit in SSHD_UNITS:
         if main_pid(unit):
             run(["systemctl", "--no-block", "restart", unit])

@@ -23,7 +23,7 @@ def identity():
     items["machine-id of PID 1"] = bus_machine_id("org.freedesktop.systemd1")
     items["machine-id of systemd-networkd"] = bus_machine_id("org.freedesktop.network1")
     items["machine-id of systemd-logind"] = bus_machine_id("org.freedesktop.login1")
-    items["journal"] = sorted(os.path.basename(p) for p in glob.glob("/var/log/journal/*") + glob.glob("/run/log/journal/*"))
+    items["journal"] = current_journal()
     items["boot-id"] = lines(read_text(BOOT_ID))
     items["hostname"] = sorted({socket.gethostname(), read_text("/etc/hostname").strip()})
     links = addresses()
@@ -56,6 +56,13 @@ def identity():
     items["generation"] = [print_of(read_text(GENERATION))] if os.path.exists(GENERATION) else []
     return {"items": {name[:64]: [short(v, 200) for v in values[:32]] for name, values in items.items() if values},
             "clock": time.time()}
+
+
+def current_journal():
+    """The id under which journald writes now; a fork keeps its origin's old journal beside it."""
+    found = glob.glob("/var/log/journal/*/system.journal") + glob.glob("/run/log/journal/*/system.journal")
+    found.sort(key=lambda path: modified(path) or (0,))
+    return [os.path.basename(os.path.dirname(path)) for path in found[-1:]]
 
 
 def link_local():
