@@ -171,10 +171,9 @@ def run_cloud_init():
 
 
 def write_network(nic, instance):
-    mac = nic["mac"].lower()
+    mac = nic["mac"]
     if not re.match(r"^([0-9a-f]{2}:){5}[0-9a-f]{2}$", mac):
         raise RuntimeError("not a MAC address")
-    network_files(NETWORKD_RUN, "PermanentMACAddress=" + mac)
     if os.path.isdir(os.path.dirname(NETPLAN)):
         put(NETPLAN, "network:\n  version: 2\n  ethernets:\n    eth0:\n      match:\n"
             "        macaddress: \"%s\"\n      dhcp-identifier: \"mac\"\n      dhcp4: true\n"
@@ -225,7 +224,7 @@ class Network:
 
     @staticmethod
     def ready(nic):
-        found = [i for i in addresses() if i["mac"] == nic["mac"].lower()]
+        found = [i for i in addresses() if i["mac"] == nic["mac"]]
         if not found:
             return "card"
         if nic["address"] not in found[0]["addresses"]:
@@ -329,7 +328,12 @@ def identify(agent, request):
     nic = request.get("nic")
     network = None
     if nic:
+        nic["mac"] = nic["mac"].lower()
         write_network(nic, settings["instance"])
+        # In a warm clone the template's files, which fit any card, serve until later: udevd takes a third
+        # of a second to read all of its rules again when a file has changed.
+        if full:
+            network_files(NETWORKD_RUN, "PermanentMACAddress=" + nic["mac"])
         network = Network()
     put(GENERATION, "%s %s\n" % (settings["instance"], request["machine_id"]))
     flush_seed()
@@ -348,7 +352,7 @@ def identify(agent, request):
     if network:
         network.wait(nic, steps)
     agent.quiet = None
-    return {"steps": steps.done}, lambda: settle(agent, quiet, bool(request.get("cloud_init")))
+    return {"steps": steps.done}, lambda: settle(agent, quiet, nic, bool(request.get("cloud_init")))
 
 
 def processor_times():
@@ -370,7 +374,7 @@ def wait_idle(length, bound):
             return
 
 
-def settle(agent, quiet, cloud_init):
+def settle(agent, quiet, nic, cloud_init):
     """What nobody waits for."""
     agent.greet()
     if cloud_init:
@@ -390,6 +394,8 @@ def settle(agent, quiet, cloud_init):
     send_signal(quiet.stopped.get("sshd", 0), signal.SIGCONT)
     if not cloud_init:
         attempt(tell_stages, b"end")
+    if nic:
+        network_files(NETWORKD_RUN, "PermanentMACAddress=" + nic["mac"])
     os.sync()
     if quiet.timers:
         time.sleep(TIMERS_AFTER)
@@ -406,7 +412,7 @@ def restart_all(steps, nic):
     attempt(run, ["udevadm", "control", "--reload"])
     # A card that came before its files has another name.
     for card in addresses():
-        if nic and card["mac"] == nic["mac"].lower() and card["name"] != "eth0":
+        if nic and card["mac"] == nic["mac"] and card["name"] != "eth0":
             run(["udevadm", "trigger", "--settle", "--action=add", "/sys/class/net/" + card["name"]])
     for unit in SSHD_UNITS:
         if main_pid(unit):

@@ -353,6 +353,8 @@ def quiesce(agent, bound):
     # After that: netplan's generator has just removed what lay there.
     network_files(NETWORKD_RUN, "Path=pci-*")
     attempt(run, ["udevadm", "control", "--reload"])
+    # It reads its rules when it next has something to do.
+    attempt(run, ["udevadm", "trigger", "--settle", "--action=change", "/sys/class/net/lo"])
     run(["systemctl", "restart", "systemd-logind.service", NETWORKD])
     networkd = main_pid(NETWORKD)
     os.sync()
