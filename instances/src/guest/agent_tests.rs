@@ -188,6 +188,7 @@ impl RealAgent {
     fn start(dir: tempfile::TempDir) -> Option<Self> {
         let script = dir.path().join("agent.py");
         std::fs::write(&script, crate::guest::seed::AGENT_PY).unwrap();
+        std::fs::write(dir.path().join("clone.py"), crate::guest::seed::CLONE_PY).unwrap();
         std::fs::create_dir_all(dir.path().join("cloud")).unwrap();
         std::fs::create_dir_all(dir.path().join("etc")).unwrap();
         let child = Command::new("python3")
@@ -256,6 +257,10 @@ async fn the_real_agent_reports_reconnects_and_rests() {
         .await
         .unwrap_err();
     assert!(err.message.contains("unknown request"), "{err}");
+    // The part that only clones need is loaded on request.
+    let items = link.identity(SOON).await.unwrap();
+    let hostname = items.iter().find(|(name, _)| name == "hostname").unwrap();
+    assert!(hostname.1.contains(&hello.hostname), "{items:?}");
 
     // cloud-init's real result, from files as it writes them.
     let cloud = agent.dir.path().join("cloud");

@@ -71,3 +71,52 @@ fn answers_are_bounded_and_cleaned() {
         assert!(items(&answer(bad)).is_none());
     }
 }
+
+/// The guest's side, as far as it can be tried here: values in texts, lists of keys and pickles.
+#[test]
+fn old_values_become_new_ones_wherever_they_lie() {
+    use std::io::Write;
+    let script = r##"
+import json, pickle, sys
+parts = json.load(sys.stdin)
+names = {"__name__": "agent", "__file__": "/x/agent.py"}
+exec(compile(parts["agent"], "agent.py", "exec"), names)
+exec(compile(parts["clone"], "clone.py", "exec"), names)
+class Settings: pass
+old = names["Old"].__new__(names["Old"])
+old.instance, old.hostname = "pileus-template-instance", "pileus-template"
+old.host_key = "-----BEGIN-----\nAAAAAAAAAAAAAAAAAAAA\nBBBBBBBBBBBBBBBB\n-----END-----\n"
+old.host_public, old.client = "ssh-ed25519 OLDHOST h", ["ssh-ed25519 OLDCLIENT c"]
+request = {"authorized": ["ssh-ed25519 ONE a", "ssh-ed25519 TWO b"], "hostname": "otter",
+           "host_public": "ssh-ed25519 NEWHOST h", "mode": "warm",
+           "host_key": old.host_key.replace("A", "C").replace("BBBB", "DDDD")}
+change = names["Change"](old, request, {"instance": "i-2"})
+text = json.dumps({"key": old.host_key, "id": old.instance, "local-hostname": old.hostname})
+new = json.loads(change.text(text))
+assert new["id"] == "i-2" and new["local-hostname"] == "otter", new
+assert "CCCCCCCC" in new["key"] and "AAAA" not in new["key"] and "BBBB" not in new["key"], new
+keys = change.keys("# mine\nssh-rsa KEPT\ncommand=\"x\" ssh-ed25519 OLDCLIENT c\n")
+assert keys == "# mine\nssh-rsa KEPT\ncommand=\"x\" ssh-ed25519 ONE a\ncommand=\"x\" ssh-ed25519 TWO b\n", keys
+value = {"raw": "x" * 300 + old.instance + "y" * 70000, "id": old.instance, "again": [old.instance, 7, b"z"]}
+for protocol in (2, 4, 5):
+    parts = names["pickle_parts"](pickle.dumps(value, protocol), old.pattern())
+    back = pickle.loads(names["pickle_join"](parts, change.text))
+    assert back == {"raw": "x" * 300 + "i-2" + "y" * 70000, "id": "i-2", "again": ["i-2", 7, b"z"]}, protocol
+"##;
+    let Ok(mut python) = std::process::Command::new("python3")
+        .args(["-I", "-S", "-c", script])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+    else {
+        eprintln!("SKIPPED: python3 can't be run");
+        return;
+    };
+    let parts = json!({
+        "agent": super::super::seed::AGENT_PY,
+        "clone": super::super::seed::CLONE_PY,
+    });
+    let mut stdin = python.stdin.take().unwrap();
+    stdin.write_all(parts.to_string().as_bytes()).unwrap();
+    drop(stdin);
+    assert!(python.wait().unwrap().success());
+}

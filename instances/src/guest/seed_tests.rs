@@ -81,6 +81,15 @@ fn without_cards_cloud_init_chooses() {
 }
 
 #[test]
+fn a_seed_of_usual_size_can_replace_another() {
+    let keys = InstanceKeys::generate().unwrap();
+    let template = build(&SeedSpec::template(&keys)).unwrap();
+    assert!(fits_a_clone(&template));
+    assert!(!read_back(template).contains_key("network-config"));
+    assert_eq!(agent_digest().len(), 64);
+}
+
+#[test]
 fn a_large_user_data_comes_through() {
     let keys = InstanceKeys::generate().unwrap();
     let mut user = b"#!/bin/sh\n".to_vec();
@@ -90,6 +99,7 @@ fn a_large_user_data_comes_through() {
         ..spec(&keys)
     })
     .unwrap();
+    assert!(!fits_a_clone(&iso));
     assert!(read_back(iso)["user-data"] == user);
 }
 
