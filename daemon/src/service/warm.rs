@@ -10,6 +10,7 @@ use pileus_api::{Origin, Warm};
 use pileus_base::{Code, Error, Phase, Result, files};
 use pileus_instances::driver::{RunningVm, SEED};
 use pileus_instances::guest::clone::{CloneMode, CloneNic, IdentitySpec};
+use pileus_instances::guest::cloud_init;
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::guest::seed;
 use pileus_instances::machine::{Driver, Vm};
@@ -65,7 +66,8 @@ impl Service {
         let obstacle = order
             .user_data
             .as_ref()
-            .map(|_| "the user data needs a boot".to_owned());
+            .and_then(|data| cloud_init::warm_obstacle(data))
+            .map(|why| format!("the user data needs a boot ({why})"));
         let obstacle = obstacle.or_else(|| {
             let large = order
                 .user_data
