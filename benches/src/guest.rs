@@ -14,7 +14,9 @@ use serde_json::Value;
 
 use crate::bare::{self, CPUS, EXPLAIN, MEMORY, ssh};
 use crate::fake::killed;
-use crate::measure::{Times, get, inside, pileus, poll, processor_time, ratio, show, timed};
+use crate::measure::{
+    Phases, Times, get, inside, pileus, poll, processor_time, ratio, show, timed,
+};
 use crate::table::{Row, Table};
 
 /// The daemon that the benches with a real guest share, made when it is first needed.
@@ -41,7 +43,10 @@ impl Real {
         self.launched += 1;
         let name = format!("cold{}", self.launched);
         let storage = self.daemon().storage();
-        let args = ["launch", "--name", &name, "-c", CPUS, "-m", MEMORY];
+        // Or a third one would find a template that the daemon made by itself.
+        let args = [
+            "launch", "--cold", "--name", &name, "-c", CPUS, "-m", MEMORY,
+        ];
         let (launch, _) = timed(&mut pileus(&storage, &args))?;
         self.instance = Some(name.clone());
         let (command, _) = timed(&mut pileus(&storage, &["exec", &name, "--", "true"]))?;
@@ -81,7 +86,7 @@ pub fn cold(real: &mut Real, rounds: u32, explain: bool, table: &mut Table) -> R
     let mut ours = Times::default();
     let mut launches = Times::default();
     let mut firsts = Times::default();
-    let mut phases: Vec<(String, Times)> = Vec::new();
+    let mut phases = Phases::default();
     let (mut port, mut command, mut cloud_init) =
         (Times::default(), Times::default(), Times::default());
     let (mut our_processor, mut bare_processor) = (Times::default(), Times::default());
@@ -107,7 +112,8 @@ pub fn cold(real: &mut Real, rounds: u32, explain: bool, table: &mut Table) -> R
                 ours.add(launch + first);
                 launches.add(launch);
                 firsts.add(first);
-                note_phases(real, &mut phases)?;
+                let name = real.instance()?;
+                phases.add(&real.info(&name)?);
                 if explain {
                     let (name, storage) = (real.instance()?, real.daemon().storage());
                     let words = ["exec", &name, "--", "sh", "-c", EXPLAIN];
@@ -143,26 +149,10 @@ pub fn cold(real: &mut Real, rounds: u32, explain: bool, table: &mut Table) -> R
         ..Row::default()
     });
     table.note("… sshd takes connections", String::new(), port.show());
-    for (phase, times) in phases {
+    for (phase, times) in phases.all() {
         table.note(format!("… our phase {phase}"), times.show(), String::new());
     }
     table.note("… the first command itself", firsts.show(), String::new());
-    Ok(())
-}
-
-fn note_phases(real: &mut Real, phases: &mut Vec<(String, Times)>) -> Result<()> {
-    let name = real.instance()?;
-    let info = real.info(&name)?;
-    for entry in info["phases"].as_array().into_iter().flatten() {
-        let phase = entry["phase"].as_str().unwrap_or_default();
-        let time = Duration::from_millis(entry["milliseconds"].as_u64().unwrap_or_default());
-        let index = phases.iter().position(|(known, _)| known == phase);
-        let index = index.unwrap_or_else(|| {
-            phases.push((phase.to_owned(), Times::default()));
-            phases.len() - 1
-        });
-        phases[index].1.add(time);
-    }
     Ok(())
 }
 

@@ -5,16 +5,22 @@
 //! ```text
 //! guest.rs      a real guest: cold launch against a bare QEMU, exec against ssh, adoption
 //! bare.rs       that bare QEMU
+//! warm.rs       a warm launch: against a boot, against a script; a standby; forks
+//! bare_warm.rs  that script
+//! crowd.rs      many of them: `run` at once, the memory of idle ones
 //! fake.rs       the daemon alone, with stand-in machines: list, memory, bytes written, start
 //! measure.rs    times and their medians; processes; the API in ten lines
 //! table.rs      the table
 //! ```
 
 mod bare;
+mod bare_warm;
+mod crowd;
 mod fake;
 mod guest;
 mod measure;
 mod table;
+mod warm;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -37,9 +43,45 @@ struct Args {
     /// How often each short command is run
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// Ask both guests of the cold launch what took their time
+    /// How often each side of a warm launch is measured
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pairs: u32,
+    /// How many warm launches give the percentiles
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    many: u32,
+    /// How many idle instances' memory is compared, warm and cold
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    idle: u32,
+    /// How many idle warm instances there are at most
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    idle_warm: u32,
+    /// Much less of all that takes long: for a first look
+    #[arg(long)]
+    quick: bool,
+    /// Ask the guests what took their time
     #[arg(long)]
     explain: bool,
+}
+
+impl Args {
+    fn extent(&self) -> warm::Extent {
+        let most = |wanted: u32, quick: u32| {
+            if self.quick {
+                wanted.min(quick)
+            } else {
+                wanted
+            }
+        };
+        let idle = most(self.idle, 2);
+        warm::Extent {
+            boots: most(self.rounds, 1),
+            pairs: most(self.pairs, 3),
+            many: most(self.many, 5),
+            idle,
+            idle_warm: most(self.idle_warm, 5).max(idle),
+            explain: self.explain,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -58,11 +100,21 @@ enum Bench {
     Start,
     /// From a killed daemon's new start to its machines being its own again
     Adopt,
+    /// Warm `launch` to the first command, against a boot and against a script
+    Warm,
+    /// What a standby saves
+    Pool,
+    /// `run`, alone and many at once
+    Run,
+    /// Clones of a running instance
+    Fork,
+    /// Memory of idle instances, warm and cold
+    Idle,
 }
 
 impl Bench {
     /// Quick ones first: a mistake shows early.
-    const ALL: [Bench; 7] = [
+    const ALL: [Bench; 12] = [
         Bench::Start,
         Bench::Bytes,
         Bench::List,
@@ -70,13 +122,18 @@ impl Bench {
         Bench::Cold,
         Bench::Exec,
         Bench::Adopt,
+        Bench::Warm,
+        Bench::Pool,
+        Bench::Run,
+        Bench::Fork,
+        Bench::Idle,
     ];
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
     let mut table = Table::default();
-    let mut real = guest::Real::default();
+    let mut worlds = Worlds::default();
     let load = measure::load();
     for bench in Bench::ALL {
         if !args.only.is_empty() && !args.only.contains(&bench) {
@@ -85,7 +142,7 @@ fn main() -> ExitCode {
         eprintln!("--- {bench:?}");
         // The test kit panics where a test would fail; the other benches go on.
         let done = catch_unwind(AssertUnwindSafe(|| {
-            run(bench, &args, &mut real, &mut table)
+            run(bench, &args, &mut worlds, &mut table)
         }));
         match done {
             Ok(Ok(())) => {}
@@ -93,7 +150,7 @@ fn main() -> ExitCode {
             Err(_) => table.failed(&format!("{bench:?}"), "panicked, see above"),
         }
     }
-    drop(real);
+    drop(worlds);
     println!("{table}");
     println!("Load average {load} before, {} after.", measure::load());
     if table.all_met() {
@@ -103,7 +160,24 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(bench: Bench, args: &Args, real: &mut guest::Real, table: &mut Table) -> Result<()> {
+/// The daemons that several benches share. One at a time: idle guests of the other would be measured
+/// with it.
+#[derive(Default)]
+struct Worlds {
+    real: guest::Real,
+    warm: Option<warm::World>,
+}
+
+fn run(bench: Bench, args: &Args, worlds: &mut Worlds, table: &mut Table) -> Result<()> {
+    let extent = args.extent();
+    let Worlds { real, warm } = worlds;
+    let is_warm = matches!(
+        bench,
+        Bench::Warm | Bench::Pool | Bench::Run | Bench::Fork | Bench::Idle
+    );
+    if is_warm {
+        *real = guest::Real::default();
+    }
     match bench {
         Bench::Cold => guest::cold(real, args.rounds, args.explain, table),
         Bench::Exec => guest::exec(real, args.runs, table),
@@ -115,5 +189,10 @@ fn run(bench: Bench, args: &Args, real: &mut guest::Real, table: &mut Table) -> 
             fake::adopt(args.rounds, table)?;
             guest::adopt(real, args.rounds, table)
         }
+        Bench::Warm => warm::launch(warm, extent, table),
+        Bench::Pool => warm::pool(warm, extent, table),
+        Bench::Run => crowd::run(warm, extent, table),
+        Bench::Fork => warm::fork(warm, extent, table),
+        Bench::Idle => crowd::memory(warm, extent, table),
     }
 }

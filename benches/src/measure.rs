@@ -71,6 +71,35 @@ pub fn ratio(a: Duration, b: Duration) -> f64 {
     a.as_secs_f64() / b.as_secs_f64().max(1e-9)
 }
 
+/// The phases of launches, as the daemon tells them.
+#[derive(Debug, Default)]
+pub struct Phases(Vec<(String, Times)>);
+
+impl Phases {
+    /// Takes those of one instance.
+    pub fn add(&mut self, info: &Value) {
+        for entry in info["phases"].as_array().into_iter().flatten() {
+            let phase = entry["phase"].as_str().unwrap_or_default();
+            let milliseconds = entry["milliseconds"].as_u64().unwrap_or_default();
+            self.note(phase, Duration::from_millis(milliseconds));
+        }
+    }
+
+    pub fn note(&mut self, phase: &str, time: Duration) {
+        let index = self.0.iter().position(|(known, _)| known == phase);
+        let index = index.unwrap_or_else(|| {
+            self.0.push((phase.to_owned(), Times::default()));
+            self.0.len() - 1
+        });
+        self.0[index].1.add(time);
+    }
+
+    /// In the order in which they came.
+    pub fn all(&self) -> &[(String, Times)] {
+        &self.0
+    }
+}
+
 /// The three averages of the machine's load.
 pub fn load() -> String {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
