@@ -19,7 +19,7 @@ use pileus_base::{Code, Error, Phase, Reporter, Result, ResultExt, Size, files};
 use rand::TryRngCore;
 
 use crate::driver::{Host, QemuDriver, RunningVm};
-use crate::guest::clone::IdentitySpec;
+use crate::guest::clone::{IdentitySpec, NameSpec};
 use crate::machine::{Driver, GuestEvent, Vm, VmEvent};
 use crate::qemu::{Mac, MachineSpec, Memory, Nic, Stream};
 
@@ -246,7 +246,9 @@ async fn bring_up(
             driver.plug_nic(&vm, tap).await
         };
         let guest = vm.guest();
-        freshen(&mut identity)?;
+        // As new as can be.
+        identity.entropy = entropy()?;
+        identity.time = now();
         let (plugged, identified) = tokio::join!(plug, guest.identify(&identity, IDENTIFY_BOUND));
         plugged?;
         for (step, milliseconds) in identified? {
@@ -263,29 +265,32 @@ async fn bring_up(
     Ok((vm.watched_from_now(), phases))
 }
 
-/// Gives a clone that has an identity already its final name, and what else a launch asks for.
-pub async fn name(vm: &RunningVm, mut identity: IdentitySpec, grow_to: Option<Size>) -> Result<()> {
+/// Gives a clone that stood by its final name, and what else its launch asks for.
+pub async fn name(vm: &RunningVm, mut spec: NameSpec, grow_to: Option<Size>) -> Result<()> {
     if let Some(size) = grow_to {
         vm.qemu().resize_disk(size.bytes()).await?;
     }
-    freshen(&mut identity)?;
-    for (step, milliseconds) in vm.guest().identify(&identity, IDENTIFY_BOUND).await? {
-        tracing::debug!(instance = identity.hostname, step, milliseconds, "named");
+    spec.grow = grow_to.is_some();
+    spec.entropy = entropy()?;
+    spec.time = now();
+    for (step, milliseconds) in vm.guest().name(&spec, IDENTIFY_BOUND).await? {
+        tracing::debug!(instance = spec.hostname, step, milliseconds, "named");
     }
     Ok(())
 }
 
-/// What must be as new as can be.
-fn freshen(identity: &mut IdentitySpec) -> Result<()> {
-    let mut entropy = [0; 64];
+fn entropy() -> Result<Vec<u8>> {
+    let mut entropy = vec![0; 64];
     rand::rngs::OsRng
         .try_fill_bytes(&mut entropy)
         .map_err(|err| Error::internal(format!("The system gave no random bytes: {err}")))?;
-    identity.entropy = entropy.to_vec();
-    identity.time = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0.0, |now| now.as_secs_f64());
-    Ok(())
+    Ok(entropy)
+}
+
+/// The host's clock, seconds since 1970.
+fn now() -> f64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0.0, |now| now.as_secs_f64())
 }
 
 fn phase_time(phase: Phase, began: Instant) -> PhaseTime {

@@ -311,11 +311,13 @@ impl Service {
         };
         let (state, keys) = super::blocking(work).await?;
         let driver = self.machine_config(instance, image.clone())?.driver;
+        let mut identity = self.identity_of(&row, keys, CloneMode::Warm);
+        identity.standby = true;
         let saved = Saved {
             ram: template.folder.ram(),
             state,
             grow_to: None,
-            identity: self.identity_of(&row, keys, CloneMode::Warm),
+            identity,
         };
         let (vm, _) = warm::restore(&driver, saved, &Reporter::silent()).await?;
         vm.guest().warm_up().await;

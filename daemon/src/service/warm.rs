@@ -9,7 +9,7 @@ use std::time::Instant;
 use pileus_api::{Origin, Warm};
 use pileus_base::{Code, Error, Phase, Result, files};
 use pileus_instances::driver::{RunningVm, SEED};
-use pileus_instances::guest::clone::{CloneMode, CloneNic, IdentitySpec};
+use pileus_instances::guest::clone::{CloneMode, CloneNic, IdentitySpec, NameSpec};
 use pileus_instances::guest::cloud_init;
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::guest::seed;
@@ -178,17 +178,22 @@ impl Service {
             if let Some(user_data) = user_data {
                 files::write_atomic(&folder.join("user-data"), &user_data, 0o600)?;
             }
-            Ok(keys)
+            Ok(())
         };
-        let keys = super::blocking(write).await?;
+        super::blocking(write).await?;
         self.parts.network.register(&wiring::nic(&row))?;
-        let mut identity = self.identity_of(&row, keys, CloneMode::Warm);
-        identity.timezone.clone_from(&order.request.timezone);
-        identity.cloud_init = order.user_data.is_some();
         let size = standby.template.key.disk;
         let grow_to = (row.spec.disk > size).then_some(row.spec.disk);
-        identity.grow = grow_to.is_some();
-        warm::name(&standby.vm, identity, grow_to).await
+        let spec = NameSpec {
+            hostname: row.name.to_string(),
+            // These are filled in at the last moment (`instances/src/warm.rs`).
+            entropy: Vec::new(),
+            time: 0.0,
+            grow: false,
+            timezone: order.request.timezone.clone(),
+            cloud_init: order.user_data.is_some(),
+        };
+        warm::name(&standby.vm, spec, grow_to).await
     }
 
     /// Starts the instance from the template. On error nothing runs; files may be left.
@@ -260,6 +265,7 @@ impl Service {
             }),
             grow: false,
             cloud_init: false,
+            standby: false,
             mode,
         }
     }

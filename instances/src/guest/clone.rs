@@ -3,6 +3,7 @@
 //! ```text
 //!  template   boots ── quiesce ──▸ still: no keys, no ids, nothing about to wake up ── saved
 //!  clone      runs on from there ── identify ──▸ somebody, with a network ── Up
+//!  standby    the same, and later ── name ──▸ the instance that somebody has launched
 //!  any        identity ──▸ every value that must differ between two guests
 //! ```
 //!
@@ -75,7 +76,54 @@ pub struct IdentitySpec {
     /// The seed holds user data: cloud-init is run for the new instance. It is not waited for; its state
     /// comes as it does in a boot.
     pub cloud_init: bool,
+    /// Its name is provisional: [`Guest::name`] follows, and what depends on the name waits for that.
+    pub standby: bool,
     pub mode: CloneMode,
+}
+
+/// What a clone that stood by learns when it is launched. Its ids and keys are its own already.
+#[derive(Clone)]
+pub struct NameSpec {
+    pub hostname: String,
+    /// From the host's own generator, at least 32 bytes.
+    pub entropy: Vec<u8>,
+    /// The host's clock now, seconds since 1970.
+    pub time: f64,
+    /// IANA name.
+    pub timezone: Option<String>,
+    /// The disk is larger than the one that was saved.
+    pub grow: bool,
+    /// As in [`IdentitySpec`]; the seed was exchanged before.
+    pub cloud_init: bool,
+}
+
+impl NameSpec {
+    fn request(&self) -> Value {
+        let mut request = json!({
+            "hostname": self.hostname,
+            "entropy": hex(&self.entropy),
+            "time": self.time,
+            "grow": self.grow,
+            "cloud_init": self.cloud_init,
+        });
+        if let Some(zone) = &self.timezone {
+            request["timezone"] = zone.as_str().into();
+        }
+        request
+    }
+}
+
+// The entropy does not get into a log.
+impl fmt::Debug for NameSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NameSpec")
+            .field("hostname", &self.hostname)
+            .finish_non_exhaustive()
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 // Neither the host key nor the entropy gets into a log.
@@ -94,12 +142,11 @@ impl IdentitySpec {
     fn request(&self) -> Result<Value> {
         let mut authorized = vec![self.keys.client_public_line()?];
         authorized.extend(self.authorized.iter().cloned());
-        let entropy: String = self.entropy.iter().map(|b| format!("{b:02x}")).collect();
         let mut request = json!({
             "instance": self.instance,
             "hostname": self.hostname,
             "machine_id": self.machine_id,
-            "entropy": entropy,
+            "entropy": hex(&self.entropy),
             "time": self.time,
             "host_key": self.keys.host_private_text()?,
             "host_public": self.keys.host_public_line()?,
@@ -108,6 +155,7 @@ impl IdentitySpec {
             "uid": 1000,
             "grow": self.grow,
             "cloud_init": self.cloud_init,
+            "standby": self.standby,
             "mode": match self.mode {
                 CloneMode::Warm => "warm",
                 CloneMode::Full => "full",
@@ -149,6 +197,12 @@ impl AgentLink {
         steps(&answer).ok_or_else(|| nonsense("identify"))
     }
 
+    /// Gives a clone that stood by its final name. After an error it must not be used.
+    pub async fn name(&self, spec: &NameSpec, bound: Duration) -> Result<Vec<(String, u64)>> {
+        let answer = self.request("name", spec.request(), bound + SLACK).await?;
+        steps(&answer).ok_or_else(|| nonsense("name"))
+    }
+
     /// Every value of the guest that no other guest may have, by name. Secrets come as SHA-256.
     pub async fn identity(&self, bound: Duration) -> Result<Vec<(String, Vec<String>)>> {
         let answer = self.request("identity", json!({}), bound).await?;
@@ -169,6 +223,11 @@ impl Guest {
         bound: Duration,
     ) -> Result<Vec<(String, u64)>> {
         self.agent().identify(spec, bound).await
+    }
+
+    /// [`AgentLink::name`].
+    pub async fn name(&self, spec: &NameSpec, bound: Duration) -> Result<Vec<(String, u64)>> {
+        self.agent().name(spec, bound).await
     }
 
     /// [`AgentLink::identity`].

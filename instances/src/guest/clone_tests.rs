@@ -21,6 +21,7 @@ fn spec() -> IdentitySpec {
         }),
         grow: false,
         cloud_init: false,
+        standby: false,
         mode: CloneMode::Warm,
     }
 }

@@ -339,8 +339,11 @@ def identify(agent, request):
     flush_seed()
     agent.set_timezone()
     steps.mark("network's files")
-    run_hooks(request)
-    steps.mark("hooks")
+    # A clone that stands by gets its name later, and its hooks then.
+    agent.standby = (quiet.old, request) if request.get("standby") else None
+    if agent.standby is None:
+        run_hooks(request)
+        steps.mark("hooks")
     if full:
         restart_all(steps, nic)
     else:
@@ -352,7 +355,57 @@ def identify(agent, request):
     if network:
         network.wait(nic, steps)
     agent.quiet = None
+    announce(agent)
     return {"steps": steps.done}, lambda: settle(agent, quiet, nic, bool(request.get("cloud_init")))
+
+
+def name(agent, request):
+    """Gives a clone that stood by its final name, and what else its launch asks for. Its ids, keys and
+    network are its own already, and connections that are open stay."""
+    if agent.standby is None:
+        raise RuntimeError("this guest does not stand by")
+    old, before = agent.standby
+    steps = Steps()
+    reseed(bytes.fromhex(request["entropy"]))
+    time.clock_settime(time.CLOCK_REALTIME, float(request["time"]))
+    request = dict(before, **request)
+    cloud_init = bool(request.get("cloud_init"))
+    set_hostname(before["hostname"], request["hostname"])
+    settings = dict(agent.settings)
+    if request.get("timezone"):
+        settings["timezone"] = request["timezone"]
+    put(agent.paths.etc + "/agent.json",
+        json.dumps(settings, sort_keys=True, separators=(",", ":")) + "\n", 0o600)
+    agent.settings = settings
+    agent.set_timezone()
+    steps.mark("names")
+    if cloud_init:
+        forget_cloud_init(agent)
+    else:
+        write_cloud_init(old, Change(old, request, settings))
+    flush_seed()
+    steps.mark("cloud-init's record")
+    run_hooks(request)
+    steps.mark("hooks")
+    if request.get("grow"):
+        grow_root()
+        steps.mark("grow")
+    agent.standby = None
+    announce(agent)
+    return {"steps": steps.done}, lambda: after_naming(cloud_init)
+
+
+def announce(agent):
+    """Before the reply: the host must not take what it knew of the template for this guest."""
+    agent.send(agent.hello())
+    agent.send(cloud_init_state(agent.paths.cloud))
+
+
+def after_naming(cloud_init):
+    if cloud_init:
+        run_cloud_init()
+    else:
+        attempt(tell_stages, b"end")
 
 
 def processor_times():
@@ -376,7 +429,7 @@ def wait_idle(length, bound):
 
 def settle(agent, quiet, nic, cloud_init):
     """What nobody waits for."""
-    agent.greet()
+    agent.send(report())
     if cloud_init:
         # What it logs is to be kept from the beginning.
         send_signal(quiet.stopped.get("journald", 0), signal.SIGKILL)
@@ -392,7 +445,7 @@ def settle(agent, quiet, nic, cloud_init):
     # It executes itself anew before it takes the next connection, and reads the new keys.
     send_signal(quiet.stopped.get("sshd", 0), signal.SIGHUP)
     send_signal(quiet.stopped.get("sshd", 0), signal.SIGCONT)
-    if not cloud_init:
+    if not cloud_init and agent.standby is None:
         attempt(tell_stages, b"end")
     if nic:
         network_files(NETWORKD_RUN, "PermanentMACAddress=" + nic["mac"])

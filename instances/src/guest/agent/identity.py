@@ -79,5 +79,6 @@ def link_local():
 REQUESTS = {
     "quiesce": lambda agent, request: (quiesce(agent, min(600.0, float(request.get("bound", 120)))), None),
     "identify": lambda agent, request: identify(agent, request),
+    "name": lambda agent, request: name(agent, request),
     "identity": lambda agent, request: (identity(), None),
 }

@@ -15,6 +15,8 @@ class Agent:
         self.cloud_done = False
         # A template's guest at rest, and not yet somebody: what clone.py then knows.
         self.quiet = None
+        # A clone with a provisional name: what it was made of.
+        self.standby = None
         self.clone = None
         self.jobs = queue.Queue()
         self.wake_r, self.wake_w = os.pipe()
@@ -128,7 +130,7 @@ class Agent:
         if what == "set-time":
             time.clock_settime(time.CLOCK_REALTIME, float(request["unix"]))
             return None, None
-        if what in ("quiesce", "identify", "identity"):
+        if what in ("quiesce", "identify", "name", "identity"):
             return self.clone_part()[what](self, request)
         if what in ("poweroff", "reboot"):
             return None, lambda: self.shut_down(what)
