@@ -397,6 +397,37 @@ impl Daemon {
         command
     }
 
+    /// What the API answers to a GET.
+    ///
+    /// # Panics
+    /// If that is not JSON, or an error.
+    pub fn get(&self, path: &str) -> serde_json::Value {
+        let ask = || -> std::io::Result<String> {
+            let mut stream = std::os::unix::net::UnixStream::connect(self.socket())?;
+            write!(stream, "GET {path} HTTP/1.0\r\nHost: pileus\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        let answer = ask().expect("the daemon answers");
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+        assert!(head.contains(" 200 "), "GET {path}: {answer}");
+        serde_json::from_str(body).unwrap_or_else(|err| panic!("GET {path}: {err}: {answer}"))
+    }
+
+    /// Runs a command in an instance's guest; it must work, and gives what it said.
+    #[track_caller]
+    pub fn exec(&self, name: &str, words: &[&str]) -> String {
+        self.run(&[&["exec", name, "--"], words].concat()).ok()
+    }
+
+    /// Runs a script as root in an instance's guest; it must work, and gives what it said.
+    #[track_caller]
+    pub fn script(&self, name: &str, script: &str) -> String {
+        let args = ["exec", name, "--", "sudo", "-n", "sh", "-eu"];
+        self.run_with(&args, script.as_bytes()).ok()
+    }
+
     /// A `pileus` command, not started yet.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = self.inside(&program("pileus"));

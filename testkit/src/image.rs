@@ -9,7 +9,7 @@ use pileus_base::Reporter;
 use pileus_images::{Image, Store, StoreConfig};
 
 /// What tests call the image, and what it was made as.
-pub const SOURCE: &str = "build:debian-13";
+pub const GUEST_IMAGE: &str = "build:debian-13";
 
 /// The image's folder in a store that outlives the tests. The first caller builds it (about a
 /// minute, over the machine's own network); others wait for it.
@@ -35,7 +35,7 @@ pub(crate) fn folder_of(image: &Image) -> PathBuf {
 }
 
 fn obtain(root: &Path) -> Arc<Image> {
-    get(&root.join("images"), SOURCE)
+    get(&root.join("images"), GUEST_IMAGE)
 }
 
 /// Brings a raw disk into a store that no daemon has open.

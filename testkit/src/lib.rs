@@ -13,7 +13,7 @@ mod template;
 
 pub use cli::Output;
 pub use daemon::{Daemon, Options};
-pub use image::guest_image;
+pub use image::{GUEST_IMAGE, guest_image};
 pub use netns::Namespace;
 pub use template::Planted;
 

@@ -96,7 +96,7 @@ fn make(root: &Path, key: &TemplateKey, folder: &Path) {
         warm: "manual",
         ..Options::real()
     });
-    let made = daemon.run(&["template", "create", image::SOURCE]);
+    let made = daemon.run(&["template", "create", image::GUEST_IMAGE]);
     assert_eq!(
         made.ok_with_words(),
         format!("Ready: {id}\n"),
