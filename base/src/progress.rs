@@ -2,6 +2,7 @@
 //! down by reference. The daemon's operations receive the updates (`daemon/src/operations/`).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -80,6 +81,8 @@ pub enum Update {
         done: u64,
         total: Option<u64>,
     },
+    /// A phase within the current one, measured by who did it.
+    Took(Phase, Duration),
     /// One line about what is going on, for a person.
     Log(String),
     /// Something that is not an error but that the user should know.
@@ -114,6 +117,10 @@ impl Reporter {
 
     pub fn progress(&self, done: u64, total: Option<u64>) {
         (self.sink)(Update::Progress { done, total });
+    }
+
+    pub fn took(&self, phase: Phase, time: Duration) {
+        (self.sink)(Update::Took(phase, time));
     }
 
     pub fn log(&self, line: impl Into<String>) {

@@ -154,6 +154,7 @@ impl Passengers {
             match update {
                 Update::Phase(phase) => reporter.phase(*phase),
                 Update::Progress { done, total } => reporter.progress(*done, *total),
+                Update::Took(phase, time) => reporter.took(*phase, *time),
                 Update::Log(line) => reporter.log(line),
                 Update::Warning(line) => reporter.warn(line),
             }

@@ -57,6 +57,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         ram: Memory::Private,
         incoming: false,
         ends_with_daemon: false,
+        in_background: false,
         paths: Paths::of(&folder.join("run"), &folder),
     };
     let started = Instant::now();

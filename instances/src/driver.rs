@@ -115,6 +115,7 @@ impl Setup {
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: self.ends_with_daemon,
+            in_background: false,
             paths: self.paths(),
         }
     }

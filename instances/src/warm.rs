@@ -30,11 +30,13 @@ const IDENTIFY_BOUND: Duration = Duration::from_secs(60);
 
 /// Boots a machine, brings it to its quiet point and saves it: its memory in the file `ram` (made
 /// here, sparse), its devices in `state`. The machine is gone afterwards, whatever happens.
+/// `in_background`: nobody waits for it.
 pub async fn make(
     driver: &QemuDriver,
     ram: &Path,
     state: &Path,
     timeout: Duration,
+    in_background: bool,
     report: &Reporter,
 ) -> Result<()> {
     let host = driver.wiring().host().await?;
@@ -42,6 +44,7 @@ pub async fn make(
     spec.nic = Nic::None;
     spec.ram = Memory::Shared(ram.to_owned());
     spec.ends_with_daemon = true;
+    spec.in_background = in_background;
     make_sparse(ram, spec.ram_bytes())?;
     report.phase(Phase::Starting);
     let mut vm = driver.launch(&host, &spec, None).await?;

@@ -257,6 +257,13 @@ impl Entry {
                 times.1 = Instant::now();
                 OperationEvent::Progress { progress }
             }
+            Update::Took(phase, time) => {
+                operation.phases.push(PhaseTime {
+                    phase,
+                    milliseconds: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
+                });
+                return;
+            }
             Update::Log(line) => OperationEvent::Log { line },
             Update::Warning(line) => {
                 operation.warnings.push(line.clone());

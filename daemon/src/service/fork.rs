@@ -145,14 +145,13 @@ impl Service {
             .open(&memory.0)
             .io(format_args!("Creating {}", memory.0.display()))?;
         files::set_mode(&memory.0, 0o600)?;
-        report.phase(Phase::Forking);
+        report.phase(Phase::Saving);
         let freeze = Freeze {
             layer: disk,
             memory: file,
         };
         let frozen = source.machine_soon().await?.freeze(freeze).await?;
-        let paused = u64::try_from(frozen.paused.as_millis()).unwrap_or(u64::MAX);
-        report.log(format!("'{}' stood still for {paused} ms", row.name));
+        report.took(Phase::Forking, frozen.paused);
         Ok((memory, frozen))
     }
 

@@ -40,6 +40,19 @@ put 644 "$etc/authorized_keys" <<'END-OF-PILEUS-FILE'
 @AUTHORIZED@
 END-OF-PILEUS-FILE
 
+# Where the user data may make users, cloud-init makes the login user last, and another one would have
+# its id by then. Made now, as cloud-init would make it; it finds it there and adds keys and sudo.
+login=@LOGIN@
+if [ -n "$login" ] && ! getent passwd "$login" >/dev/null && ! getent passwd 1000 >/dev/null; then
+    cfg=/etc/cloud/cloud.cfg
+    groups=
+    for group in $(sed -n 's/^    groups: \[\(.*\)\]/\1/p' "$cfg" 2>/dev/null | head -n 1 | tr ',' ' '); do
+        getent group "$group" >/dev/null && groups=$groups${groups:+,}$group
+    done
+    gecos=$(sed -n 's/^    gecos: *//p' "$cfg" 2>/dev/null | head -n 1)
+    useradd -m -u 1000 -U -s /bin/bash -c "$gecos" ${groups:+-G "$groups"} "$login" || :
+fi
+
 # cloud-init runs for a clone whose agent is at work already.
 [ -e /run/pileus/keep-agent ] && exit 0
 

@@ -227,8 +227,14 @@ fn boothook(spec: &SeedSpec<'_>) -> Result<String> {
         check_timezone(zone)?;
         settings["timezone"] = zone.into();
     }
+    // Only then somebody else may take its id.
+    let login = match spec.user_data {
+        Some(_) => LOGIN_USER,
+        None => "",
+    };
     let mut script = BOOTHOOK.to_owned();
     for (mark, text) in [
+        ("@LOGIN@", login),
         ("@AGENT@", AGENT_PY),
         ("@CLONE@", CLONE_PY),
         ("@STAGES@", STAGES_PY),

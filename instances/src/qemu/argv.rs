@@ -386,6 +386,7 @@ mod tests {
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: false,
+            in_background: false,
             paths: Paths::of(Path::new("/run/p/i/6f9b0a0e"), Path::new("/i")),
         }
     }
@@ -444,6 +445,7 @@ mod tests {
             nic: Nic::None,
             ram: Memory::Shared("/t/ram".into()),
             ends_with_daemon: true,
+            in_background: false,
             ..spec()
         };
         insta::assert_snapshot!(differences(&spec));

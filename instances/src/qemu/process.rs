@@ -86,6 +86,12 @@ pub fn spawn(
         .ends_with_daemon
         .then(|| std::process::id().cast_signed());
     prepare_child(&mut command, confinement.cloned(), pid_file, fds, ends_with);
+    if spec.in_background {
+        // SAFETY: a system call without pointers, between fork and exec.
+        unsafe {
+            command.pre_exec(|| check(libc::setpriority(libc::PRIO_PROCESS, 0, BACKGROUND)));
+        }
+    }
     let spawned = match spec.ends_with_daemon {
         true => on_lasting_thread(move || command.spawn())?,
         false => command.spawn(),
@@ -101,6 +107,10 @@ pub fn spawn(
     // `child` is dropped unwaited on purpose: `wait_exit` reaps it, and until then its pid is not
     // used again.
     let pid = child.id().cast_signed();
+    if spec.in_background {
+        // It has a session of its own, and a kernel that groups by session weighs the groups.
+        let _ = std::fs::write(format!("/proc/{pid}/autogroup"), BACKGROUND.to_string());
+    }
     ProcessId::of(pid).ok_or_else(|| {
         // It is a zombie already; take it away.
         let exit = reap_now(pid);
@@ -129,6 +139,8 @@ fn on_lasting_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stati
         .ok_or_else(|| Error::internal("The thread that starts QEMU is gone"))
 }
 
+/// The niceness of a machine that nobody waits for.
+const BACKGROUND: libc::c_int = 15;
 const CLOEXEC: libc::c_int = libc::CLOSE_RANGE_CLOEXEC.cast_signed();
 
 /// Registers what the child does between fork and exec.

@@ -75,6 +75,8 @@ pub struct MachineSpec {
     pub incoming: bool,
     /// QEMU is killed when this process ends, however it ends: the machine belongs to no instance.
     pub ends_with_daemon: bool,
+    /// Nobody waits for it: it runs when the host has nothing else to do.
+    pub in_background: bool,
     pub paths: Paths,
 }
 

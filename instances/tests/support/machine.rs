@@ -105,6 +105,7 @@ pub fn make(folder: &Path, qemu: &Qemu) -> MachineSpec {
         ram: Memory::Private,
         incoming: false,
         ends_with_daemon: false,
+        in_background: false,
         paths: Paths::of(&folder.join("run"), folder),
     }
 }

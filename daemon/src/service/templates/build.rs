@@ -35,6 +35,13 @@ const WORTH_IT: u32 = 2;
 /// A background build waits this long, so that it does not slow down what the user does right now.
 const SETTLE: Duration = Duration::from_secs(5);
 
+/// Whether somebody waits for a template, and how long its guest may take for each phase.
+#[derive(Debug, Clone, Copy)]
+enum Haste {
+    Foreground(Duration),
+    Background,
+}
+
 impl Service {
     /// Makes a template because a person wants it.
     pub async fn create_template(&self, request: TemplateRequest, peer: Peer) -> Result<Operation> {
@@ -55,7 +62,9 @@ impl Service {
                     cpus: wanted.cpus,
                     memory: wanted.memory,
                 };
-                service.build(&shape, &image, timeout, &report).await
+                service
+                    .build(&shape, &image, Haste::Foreground(timeout), &report)
+                    .await
             })
             .await
     }
@@ -102,7 +111,9 @@ impl Service {
                 .parts
                 .operations
                 .begin(OperationKind::CreateTemplate, target, |report| async move {
-                    let made = worker.build(&shape, &image, BOOT_TIMEOUT, &report).await;
+                    let made = worker
+                        .build(&shape, &image, Haste::Background, &report)
+                        .await;
                     let failure = made.as_ref().err().map(|err| err.message.clone());
                     let now = (worker.parts.clock)();
                     let recorded = worker
@@ -124,7 +135,7 @@ impl Service {
         &self,
         shape: &Shape,
         image: &Arc<Image>,
-        timeout: Duration,
+        haste: Haste,
         report: &Reporter,
     ) -> Result<()> {
         report.phase(Phase::Queued);
@@ -143,7 +154,7 @@ impl Service {
         let stage = self.parts.templates.stage(&key, in_memory, now)?;
         self.parts.hub.send(Event::Templates);
         let done = async {
-            self.make(&key, image, &stage, timeout, report).await?;
+            self.make(&key, image, &stage, haste, report).await?;
             let shelf = self.parts.templates.clone();
             let (stage, made) = (stage.clone(), key.clone());
             crate::service::blocking(move || shelf.publish(&stage, &made, now)).await
@@ -184,7 +195,7 @@ impl Service {
         key: &TemplateKey,
         image: &Arc<Image>,
         stage: &Stage,
-        timeout: Duration,
+        haste: Haste,
         report: &Reporter,
     ) -> Result<()> {
         report.phase(Phase::Configuring);
@@ -222,7 +233,13 @@ impl Service {
                 disk: stage.disk(),
             }),
         );
-        warm::make(&driver, &stage.ram(), &stage.state(), timeout, report).await?;
+        let (timeout, in_background) = match haste {
+            Haste::Foreground(timeout) => (timeout, false),
+            // Others come first, so it may take its time.
+            Haste::Background => (BOOT_TIMEOUT * 4, true),
+        };
+        let (ram, state) = (stage.ram(), stage.state());
+        warm::make(&driver, &ram, &state, timeout, in_background, report).await?;
         // What only the machine needed.
         for name in [
             pileus_instances::driver::SEED,
