@@ -45,6 +45,7 @@ impl Fake {
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: false,
+            in_background: false,
             paths: Paths::of(&folder.path().join("run"), &own),
         };
         Self { folder, qemu, spec }
