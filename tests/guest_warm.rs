@@ -22,7 +22,7 @@ const ITEMS: [&str; 11] = [
     "generation",
 ];
 const CLONES: usize = 20;
-const AT_ONCE: usize = 4;
+const AT_ONCE: usize = 3;
 
 type Identity = BTreeMap<String, Vec<String>>;
 
@@ -245,6 +245,10 @@ fn guest_forks() {
         let (token, number) = count("src");
         (number > 3).then_some((token, number))
     });
+    hook(
+        &daemon,
+        "echo $PILEUS_HOSTNAME $PILEUS_MODE $(hostname) > /var/tmp/hooked",
+    );
     let forked = daemon.run(&["-v", "fork", "src", "-n", "2"]);
     assert_eq!(forked.ok_with_words(), "src-fork1\nsrc-fork2\n");
     assert!(
@@ -259,6 +263,15 @@ fn guest_forks() {
         assert!(first > before, "{name} went back: {first} {before}");
         wait_until("it goes on", 20, || (count(name).1 > first).then_some(()));
         assert_eq!(daemon.exec(name, &["hostname"]), format!("{name}\n"));
+        let hooked = daemon.exec(
+            name,
+            &["sh", "-c", "cat /var/tmp/hooked 2> /dev/null || true"],
+        );
+        let expected = match name {
+            "src" => String::new(),
+            fork => format!("{fork} full {fork}\n"),
+        };
+        assert_eq!(hooked, expected, "the owner's hook in {name}");
     }
     let identities: Vec<_> = ["src", "src-fork1", "src-fork2"]
         .map(|name| (name.to_owned(), identity(&daemon, name)))
@@ -277,11 +290,27 @@ fn guest_forks() {
         .run(&["fork", "src", "--name", "again"])
         .fails_with(2);
     assert!(taken.contains("already exists"), "{taken}");
+    // An owner's hook that fails: nobody is let in, nothing is left.
+    hook(&daemon, "echo not here; exit 5");
+    let failed = daemon.run(&["fork", "src", "--name", "never"]);
+    assert_ne!(failed.code(), 0);
+    let words = "ended with 5: not here";
+    assert!(failed.stderr.contains(words), "{}", failed.stderr);
+    assert_eq!(daemon.state("never"), "none");
     daemon.run(&["delete", "--purge", "src", "src-fork1"]).ok();
     assert_eq!(daemon.exec("again", &["cat", "mine"]), "mine\n");
     daemon.run(&["delete", "--purge", "--all"]).ok();
     let left = daemon.templates_and_layers();
     assert_eq!(left.len(), 4, "only the template's files stay: {left:?}");
+}
+
+/// Gives the guest "src" a hook that its clones run.
+fn hook(daemon: &Daemon, body: &str) {
+    let path = "/etc/pileus/on-clone.d/10-test";
+    let script = format!(
+        "mkdir -p /etc/pileus/on-clone.d; printf '%s\\n' '#!/bin/sh' '{body}' > {path}; chmod 755 {path}"
+    );
+    daemon.script("src", &script);
 }
 
 /// Clones that stand by serve a launch in less time, are somebody else, and go when they are not wanted.
