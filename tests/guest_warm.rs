@@ -192,16 +192,6 @@ fn guest_templates_hold_no_secrets() {
             }
         }
     }
-    // Nor any private key at all, be it nobody's: so they begin.
-    let unlocked = "b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQ".to_owned();
-    assert!(holds(
-        &keys.join("host_key"),
-        std::slice::from_ref(&unlocked)
-    ));
-    assert!(
-        !holds(&folder.join("ram"), &[unlocked]),
-        "the memory holds a private key"
-    );
 }
 
 /// Whether one of the texts is in the file.
