@@ -68,6 +68,9 @@ pub struct Operation {
     /// Phases that are over, in order.
     pub phases: Vec<PhaseTime>,
     pub warnings: Vec<String>,
+    /// What came of it, if that has a name of its own: a template's id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<String>,
     pub error: Option<ErrorBody>,
     #[schema(value_type = String, format = "date-time")]
     pub created_at: Timestamp,

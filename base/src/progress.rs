@@ -83,6 +83,8 @@ pub enum Update {
     },
     /// A phase within the current one, measured by who did it.
     Took(Phase, Duration),
+    /// The name of what came of the work.
+    Result(String),
     /// One line about what is going on, for a person.
     Log(String),
     /// Something that is not an error but that the user should know.
@@ -121,6 +123,10 @@ impl Reporter {
 
     pub fn took(&self, phase: Phase, time: Duration) {
         (self.sink)(Update::Took(phase, time));
+    }
+
+    pub fn result(&self, name: impl Into<String>) {
+        (self.sink)(Update::Result(name.into()));
     }
 
     pub fn log(&self, line: impl Into<String>) {

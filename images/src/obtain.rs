@@ -155,6 +155,7 @@ impl Passengers {
                 Update::Phase(phase) => reporter.phase(*phase),
                 Update::Progress { done, total } => reporter.progress(*done, *total),
                 Update::Took(phase, time) => reporter.took(*phase, *time),
+                Update::Result(name) => reporter.result(name),
                 Update::Log(line) => reporter.log(line),
                 Update::Warning(line) => reporter.warn(line),
             }

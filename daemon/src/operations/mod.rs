@@ -81,6 +81,7 @@ impl Operations {
             progress: None,
             phases: Vec::new(),
             warnings: Vec::new(),
+            result: None,
             error: None,
             created_at: state::now(),
             ended_at: None,
@@ -262,6 +263,10 @@ impl Entry {
                     phase,
                     milliseconds: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
                 });
+                return;
+            }
+            Update::Result(name) => {
+                operation.result = Some(name);
                 return;
             }
             Update::Log(line) => OperationEvent::Log { line },

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use pileus_api::{OperationState, Size, Template, TemplateRequest, TemplateState};
+use pileus_api::{OperationState, TemplateRequest};
 use pileus_base::Error;
 
 use super::launch;
@@ -131,9 +131,7 @@ async fn create(context: &Context, request: &TemplateRequest) -> Outcome {
     drop(line);
     match (operation.state, signal) {
         (OperationState::Succeeded, _) => {
-            let templates = client.templates().await?;
-            let template = newest(&templates, &operation.target, request);
-            let what = template.map_or(operation.target.as_str(), |template| template.id.as_str());
+            let what = operation.result.as_ref().unwrap_or(&operation.target);
             context.print(&format!("Ready: {what}\n"))
         }
         (OperationState::Cancelled, Some(signal)) => {
@@ -161,44 +159,5 @@ async fn delete(context: &Context, ids: &[String], format: Format) -> Outcome {
     match failed.is_empty() {
         true => Ok(0),
         false => Err(CommandError::several(failed)),
-    }
-}
-
-/// The newest template of the image and shape that were asked for.
-fn newest<'a>(
-    templates: &'a [Template],
-    image: &str,
-    request: &TemplateRequest,
-) -> Option<&'a Template> {
-    let (cpus, memory) = (request.cpus.unwrap_or(1), request.memory);
-    let wanted = |template: &&Template| {
-        template.state == TemplateState::Ready
-            && (template.image.source == image || template.image.digest.to_string() == image)
-            && template.cpus == cpus
-            && template.memory == memory.unwrap_or(Size::gib(1))
-    };
-    let wanted = templates.iter().filter(wanted);
-    wanted.max_by_key(|template| template.created_at)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::render::samples;
-
-    #[test]
-    fn the_template_of_just_this_shape_is_named() {
-        let templates = samples::templates();
-        let request = |cpus| TemplateRequest {
-            cpus,
-            ..Default::default()
-        };
-        let id = |image: &str, cpus| {
-            newest(&templates, image, &request(cpus)).map(|template| template.id.as_str())
-        };
-        assert_eq!(id("debian-13", Some(2)), Some("0123456789abcdef"));
-        // Of one CPU there is only one that is being made.
-        assert_eq!(id("debian-13", None), None);
-        assert_eq!(id("debian-12", Some(2)), None);
     }
 }

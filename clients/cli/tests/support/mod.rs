@@ -273,6 +273,8 @@ fn new_operation(app: &App, kind: OperationKind, target: &str) -> Operation {
         warnings: vec![],
         error: None,
         created_at: "2026-11-21T20:00:00Z".parse().unwrap(),
+        // The id of the second template that the tests know.
+        result: (kind == OperationKind::CreateTemplate).then(|| "fedcba9876543210".to_owned()),
         ended_at: None,
     };
     app.running.lock().unwrap().push(operation.clone());

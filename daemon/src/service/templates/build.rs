@@ -144,6 +144,7 @@ impl Service {
             .await?;
         let host = self.parts.hypervisor.get().await?;
         let key = self.template_key(&host, shape, image.info().virtual_size);
+        report.result(key.id());
         if self.parts.templates.ready(&key).is_some() {
             return Ok(());
         }
