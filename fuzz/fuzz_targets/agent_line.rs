@@ -37,7 +37,10 @@ fuzz_target!(|bytes: &[u8]| {
         Message::CloudInit(told) => {
             assert!(told.errors.len() <= 20 && told.recoverable.len() <= 20);
             assert!(told.stages.len() <= 8);
-            told.errors.iter().chain(&told.recoverable).for_each(|t| harmless(t));
+            told.errors
+                .iter()
+                .chain(&told.recoverable)
+                .for_each(|t| harmless(t));
             for (name, times) in &told.stages {
                 harmless(name);
                 assert!(times.seconds().is_none_or(|seconds| seconds >= 0.0));

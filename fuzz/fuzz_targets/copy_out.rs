@@ -25,10 +25,33 @@ const BOUNDS: Bounds = Bounds {
 const CANARY: &str = "not yours";
 /// Names that have to do with each other, and with what lies around the target.
 const NAMES: [&str; 16] = [
-    "./", "a", "a/b", "a/b/c", "b", "out", "out/canary", "../outside/canary", "a/../b", "/etc/x",
-    "..", "", "way", "way/canary", ".pileus-copy-1", "a/link",
+    "./",
+    "a",
+    "a/b",
+    "a/b/c",
+    "b",
+    "out",
+    "out/canary",
+    "../outside/canary",
+    "a/../b",
+    "/etc/x",
+    "..",
+    "",
+    "way",
+    "way/canary",
+    ".pileus-copy-1",
+    "a/link",
 ];
-const LINKS: [&str; 8] = ["b", "../b", "../../outside", "a/..", "/etc/passwd", "", ".", "../outside"];
+const LINKS: [&str; 8] = [
+    "b",
+    "../b",
+    "../../outside",
+    "a/..",
+    "/etc/passwd",
+    "",
+    ".",
+    "../outside",
+];
 const KINDS: [EntryType; 12] = [
     EntryType::Regular,
     EntryType::Directory,
@@ -51,7 +74,12 @@ const KINDS: [EntryType; 12] = [
 static BOX: LazyLock<PathBuf> = LazyLock::new(|| {
     let name = format!("pileus-fuzz-copy-{}", std::process::id());
     let shm = PathBuf::from("/dev/shm");
-    let folder = if shm.is_dir() { shm } else { std::env::temp_dir() }.join(name);
+    let folder = if shm.is_dir() {
+        shm
+    } else {
+        std::env::temp_dir()
+    }
+    .join(name);
     fs::create_dir_all(folder.join("outside")).unwrap();
     fs::write(folder.join("outside/canary"), CANARY).unwrap();
     folder
@@ -167,12 +195,23 @@ fuzz_target!(|bytes: &[u8]| {
     if done.is_ok() {
         assert!(made.len() as u64 <= BOUNDS.bytes);
     }
-    let names: Vec<_> = fs::read_dir(&*BOX).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert!(names.iter().all(|n| n == "outside" || n == "target"), "{names:?}");
+    let names: Vec<_> = fs::read_dir(&*BOX)
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    assert!(
+        names.iter().all(|n| n == "outside" || n == "target"),
+        "{names:?}"
+    );
     assert_eq!(fs::read_dir(BOX.join("outside")).unwrap().count(), 1);
-    assert_eq!(fs::read_to_string(BOX.join("outside/canary")).unwrap(), CANARY);
+    assert_eq!(
+        fs::read_to_string(BOX.join("outside/canary")).unwrap(),
+        CANARY
+    );
     match target.is_dir() {
         true => look(&target, 0),
-        false => assert!(target.symlink_metadata().is_ok_and(|meta| meta.is_file()) || done.is_err()),
+        false => {
+            assert!(target.symlink_metadata().is_ok_and(|meta| meta.is_file()) || done.is_err())
+        }
     }
 });

@@ -50,7 +50,12 @@ mod guest {
 static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
     let name = format!("pileus-fuzz-manifest-{}", std::process::id());
     let shm = PathBuf::from("/dev/shm");
-    let folder = if shm.is_dir() { shm } else { std::env::temp_dir() }.join(name);
+    let folder = if shm.is_dir() {
+        shm
+    } else {
+        std::env::temp_dir()
+    }
+    .join(name);
     std::fs::create_dir_all(&folder).unwrap();
     folder
 });
