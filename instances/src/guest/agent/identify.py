@@ -11,6 +11,7 @@ HOOK_BOUND = 60.0
 IDLE_FOR = 0.3
 SETTLE_AFTER = 5.0
 TIMERS_AFTER = 20.0
+KEEP_IPC = "/run/systemd/logind.conf.d/50-pileus-fork.conf"
 # While it exists, the boot hook leaves the running agent alone.
 NO_RESTART = "/run/pileus/keep-agent"
 
@@ -459,6 +460,10 @@ def settle(agent, quiet, nic, cloud_init):
 
 def restart_all(steps, nic):
     """A fork of a running guest: those who cached something are started anew, one by one."""
+    # The connections of the origin end here, and with them its user's sessions: what that user keeps in
+    # shared memory is part of what was forked.
+    os.makedirs(os.path.dirname(KEEP_IPC), mode=0o755, exist_ok=True)
+    put(KEEP_IPC, "[Login]\nRemoveIPC=no\n")
     run(["systemctl", "daemon-reexec"])
     steps.mark("PID 1")
     run(["systemctl", "restart", JOURNALD, NETWORKD, "systemd-logind.service"])
