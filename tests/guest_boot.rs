@@ -88,7 +88,7 @@ grep -v '^#' /etc/hosts | sed 's/[[:space:]][[:space:]]*/ /g' | sort
 section zone; cat /etc/timezone 2>/dev/null || true; readlink /etc/localtime; date +%Z
 section netplan; for f in /etc/netplan/*; do stat -c '%n %a' $f
   sed -E 's/([0-9a-f]{2}:){5}[0-9a-f]{2}/MAC/' $f; done
-section cloud; cloud-init status; cloud-init query v1.local_hostname; cloud-init query ds.meta_data.local-hostname
+section cloud; cloud-init status
 section semaphores; ls /var/lib/cloud/instance/sem | sort
 section order; cat /var/log/order
 "#;

@@ -80,7 +80,7 @@ fn guest_run() {
 }
 
 fn streams_and_codes(daemon: &Daemon) {
-    let input: Vec<u8> = (0..1_u32 << 20).map(|n| (n * 7 >> 3) as u8).collect();
+    let input: Vec<u8> = (0..1_u32 << 20).map(|n| ((n * 7) >> 3) as u8).collect();
     let out = run(
         daemon,
         &["--rm"],

@@ -107,11 +107,11 @@ fn make(root: &Path, key: &TemplateKey, folder: &Path) {
     let stage = root.join(format!(".{id}"));
     let _ = fs::remove_dir_all(&stage);
     fs::create_dir(&stage).expect("a folder can be made");
-    drop_after_copy(&source, &stage);
+    copy_files(&source, &stage);
     fs::rename(&stage, folder).expect("the folder can be renamed");
 }
 
-fn drop_after_copy(source: &Planted, stage: &Path) {
+fn copy_files(source: &Planted, stage: &Path) {
     for (from, name) in [&source.ram, &source.state, &source.layer]
         .into_iter()
         .zip(FILES)
