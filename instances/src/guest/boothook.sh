@@ -44,12 +44,13 @@ END-OF-PILEUS-FILE
 # its id by then. Made now, as cloud-init would make it; it finds it there and adds keys and sudo.
 login=@LOGIN@
 if [ -n "$login" ] && ! getent passwd "$login" >/dev/null && ! getent passwd 1000 >/dev/null; then
-    cfg=/etc/cloud/cloud.cfg
+    # What the image's configuration says last counts, as it does for cloud-init.
+    told() { cat /etc/cloud/cloud.cfg /etc/cloud/cloud.cfg.d/*.cfg 2>/dev/null | sed -n "s/^ *$1: *//p" | tail -n 1; }
     groups=
-    for group in $(sed -n 's/^    groups: \[\(.*\)\]/\1/p' "$cfg" 2>/dev/null | head -n 1 | tr ',' ' '); do
+    for group in $(told groups | tr -d '[]' | tr ',' ' '); do
         getent group "$group" >/dev/null && groups=$groups${groups:+,}$group
     done
-    gecos=$(sed -n 's/^    gecos: *//p' "$cfg" 2>/dev/null | head -n 1)
+    gecos=$(told gecos)
     useradd -m -u 1000 -U -s /bin/bash -c "$gecos" ${groups:+-G "$groups"} "$login" || :
 fi
 
