@@ -119,9 +119,30 @@ fn guest_boot() {
         same(before, &daemon.script(name, LOOK));
     }
     assert_eq!(root_kib(&daemon, "clone"), grown);
-    let identities = daemon.run(&["verify-unique", "boots", "clone"]);
-    assert_eq!(identities.code(), 0, "{}", identities.text());
+    shared_by_wish(&daemon);
     trash(&daemon);
+}
+
+/// The two share what their user data gives to both, and nothing else.
+fn shared_by_wish(daemon: &Daemon) {
+    let identities = daemon.run(&["verify-unique", "boots", "clone"]);
+    assert_eq!(identities.code(), 1, "{}", identities.text());
+    let shown = identities.text();
+    let mut shared: Vec<&str> = shown
+        .lines()
+        .filter_map(|line| {
+            line.split_once(": boots, clone share ")
+                .map(|(item, _)| item)
+        })
+        .collect();
+    shared.sort_unstable();
+    let wished = [
+        "authorized keys /home/alice/.ssh/authorized_keys",
+        "authorized keys /home/ubuntu/.ssh/authorized_keys",
+        "authorized keys /root/.ssh/authorized_keys",
+        "hostname",
+    ];
+    assert_eq!(shared, wished, "{shown}");
 }
 
 fn launch(daemon: &Daemon, name: &str, more: &[&str]) {

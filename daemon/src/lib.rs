@@ -189,6 +189,8 @@ async fn serve(
 /// On a clean end the network goes if no instance needs it; instances themselves stay.
 async fn leave(service: &Service) {
     let parts = service.parts();
+    // If nothing lies in it any more; another daemon of this storage makes it again.
+    let _ = std::fs::remove_dir(&parts.layout.memory);
     if parts.registry.any_running() {
         tracing::info!("the instances run on; the next daemon finds them again");
         return;
