@@ -446,10 +446,10 @@ fn forked(world: &World, source: &str, count: &str) -> Result<(Duration, Vec<Str
     let told = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{told}");
     let pause = told.lines().find_map(|line| {
-        let (_, rest) = line.split_once("' stood still for ")?;
-        rest.split(' ').next()?.parse().ok()
+        let (_, rest) = line.split_once(" stood still for ")?;
+        rest.trim_end_matches('s').parse().ok()
     });
-    let pause = Duration::from_millis(pause.context("the pause is not told")?);
+    let pause = Duration::from_secs_f64(pause.context("the pause is not told")?);
     let names = String::from_utf8_lossy(&output.stdout);
     let names = names.split_whitespace().map(str::to_owned).collect();
     Ok((took, names, pause))
