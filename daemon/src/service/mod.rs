@@ -35,7 +35,7 @@ use pileus_networks::{Network, user_mode};
 use crate::hub::Hub;
 use crate::operations::Operations;
 use crate::state::State;
-use crate::state::instances::BrokenRow;
+use crate::state::instances::{BrokenRow, Stage};
 use registry::Registry;
 
 /// A guest's report that is older is asked for anew.
@@ -147,7 +147,9 @@ impl Service {
     /// All instances by name.
     pub fn instances(&self) -> Vec<ApiInstance> {
         let all = self.parts.registry.all();
-        let mut list: Vec<_> = all.iter().map(|i| convert::instance(i)).collect();
+        // One whose deletion has begun can't be asked for by name any more either.
+        let there = all.iter().filter(|i| i.row().stage != Stage::Purging);
+        let mut list: Vec<_> = there.map(|i| convert::instance(i)).collect();
         list.sort_by(|a, b| a.name.cmp(&b.name));
         list
     }
