@@ -1,6 +1,7 @@
 //! Instances: what a client asks for and what it is told.
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use pileus_base::{Digest, InstanceName, Phase, Size};
 use serde::{Deserialize, Serialize};
@@ -223,6 +224,15 @@ pub struct InstanceImage {
 pub struct PhaseTime {
     pub phase: Phase,
     pub milliseconds: u64,
+}
+
+impl PhaseTime {
+    pub fn new(phase: Phase, took: Duration) -> Self {
+        Self {
+            phase,
+            milliseconds: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

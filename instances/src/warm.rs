@@ -239,7 +239,7 @@ async fn bring_up(
     let up = async {
         load(&vm).await?;
         vm.qemu().resume().await?;
-        phases.push(phase_time(Phase::Restoring, began));
+        phases.push(PhaseTime::new(Phase::Restoring, began.elapsed()));
         report.phase(Phase::Identifying);
         let began = Instant::now();
         let plug = async {
@@ -257,7 +257,7 @@ async fn bring_up(
         for (step, milliseconds) in identified? {
             tracing::debug!(instance = %driver.setup().name, step, milliseconds, "identified");
         }
-        phases.push(phase_time(Phase::Identifying, began));
+        phases.push(PhaseTime::new(Phase::Identifying, began.elapsed()));
         Ok(())
     };
     if let Err(err) = report.or_cancelled(up).await {
@@ -294,11 +294,4 @@ fn entropy() -> Result<Vec<u8>> {
 fn now() -> f64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0.0, |now| now.as_secs_f64())
-}
-
-fn phase_time(phase: Phase, began: Instant) -> PhaseTime {
-    PhaseTime {
-        phase,
-        milliseconds: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
-    }
 }

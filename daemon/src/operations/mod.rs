@@ -259,10 +259,7 @@ impl Entry {
                 OperationEvent::Progress { progress }
             }
             Update::Took(phase, time) => {
-                operation.phases.push(PhaseTime {
-                    phase,
-                    milliseconds: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
-                });
+                operation.phases.push(PhaseTime::new(phase, time));
                 return;
             }
             Update::Result(name) => {
@@ -287,10 +284,9 @@ impl Entry {
     fn push_phase(&self, operation: &mut Operation) {
         let mut times = lock(&self.phase_began);
         if let Some(phase) = operation.phase {
-            operation.phases.push(PhaseTime {
-                phase,
-                milliseconds: u64::try_from(times.0.elapsed().as_millis()).unwrap_or(u64::MAX),
-            });
+            operation
+                .phases
+                .push(PhaseTime::new(phase, times.0.elapsed()));
         }
         times.0 = Instant::now();
     }

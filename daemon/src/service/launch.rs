@@ -235,7 +235,7 @@ impl Service {
             order,
             image,
             report,
-            phases: vec![phase_time(Phase::ResolvingImage, began)],
+            phases: vec![PhaseTime::new(Phase::ResolvingImage, began.elapsed())],
         })
     }
 
@@ -275,7 +275,8 @@ impl Service {
             .await?;
         self.write_files(work.order, &row, &work.image, None)
             .await?;
-        work.phases.push(phase_time(Phase::Configuring, began));
+        work.phases
+            .push(PhaseTime::new(Phase::Configuring, began.elapsed()));
         Ok((None, promise))
     }
 
@@ -390,12 +391,5 @@ impl Service {
         if let Err(err) = self.end(instance, &Reporter::silent()).await {
             tracing::error!(instance = %instance.row().name, %err, "a launch can't be undone");
         }
-    }
-}
-
-pub(super) fn phase_time(phase: Phase, began: Instant) -> PhaseTime {
-    PhaseTime {
-        phase,
-        milliseconds: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
     }
 }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use pileus_api::{Origin, Warm};
+use pileus_api::{Origin, PhaseTime, Warm};
 use pileus_base::{Code, Error, Phase, Result, files};
 use pileus_instances::driver::{RunningVm, SEED};
 use pileus_instances::guest::clone::{CloneMode, CloneNic, IdentitySpec, NameSpec};
@@ -16,7 +16,7 @@ use pileus_instances::guest::seed;
 use pileus_instances::machine::{Driver, Vm};
 use pileus_instances::warm::{self, Saved};
 
-use super::launch::{Work, phase_time};
+use super::launch::Work;
 use super::order::Order;
 use super::pool::{Kind, Standby, seed_of};
 use super::registry::Instance;
@@ -121,7 +121,8 @@ impl Service {
         let named = report.or_cancelled(self.name_standby(order, instance, &standby));
         match named.await {
             Ok(()) => {
-                work.phases.push(phase_time(Phase::Identifying, began));
+                work.phases
+                    .push(PhaseTime::new(Phase::Identifying, began.elapsed()));
                 template.touch();
                 Ok(Some(standby.vm.watched_from_now()))
             }
@@ -218,7 +219,8 @@ impl Service {
             .await?;
         let layer = Some((template.disk(), template.key.disk));
         self.write_files(order, &row, image, layer).await?;
-        work.phases.push(phase_time(Phase::Configuring, began));
+        work.phases
+            .push(PhaseTime::new(Phase::Configuring, began.elapsed()));
         let grow_to = (row.spec.disk > template.key.disk).then_some(row.spec.disk);
         let keys = InstanceKeys::load(&self.parts.layout.instance(row.id))?;
         let mut identity = self.identity_of(&row, keys, CloneMode::Warm);

@@ -418,10 +418,10 @@ impl<D: Driver> Actor<D> {
     }
 
     pub(super) fn note_phase(&mut self, phase: Phase, began: Instant) {
-        self.config.snapshot.phases.push(pileus_api::PhaseTime {
-            phase,
-            milliseconds: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
-        });
+        self.config
+            .snapshot
+            .phases
+            .push(pileus_api::PhaseTime::new(phase, began.elapsed()));
     }
 
     pub(super) async fn set_state(&mut self, state: InstanceState) {

@@ -198,7 +198,7 @@ impl Shelf {
         let root = self.layout.templates();
         let path = root.join(&id);
         // Something damaged may have its name still.
-        self.erase_but_memory(&path)?;
+        files::remove_folder(&path)?;
         std::fs::rename(stage.folder.path(), &path).io(format_args!("Publishing template {id}"))?;
         files::sync_folder(&root)?;
         let ram = match stage.in_memory {
@@ -272,10 +272,6 @@ impl Shelf {
     fn erase(&self, folder: &Path, name: &str) -> Result<()> {
         let id = name.trim_start_matches(".gone-").trim_start_matches('.');
         files::remove_file(&self.memory(id))?;
-        files::remove_folder(folder)
-    }
-
-    fn erase_but_memory(&self, folder: &Path) -> Result<()> {
         files::remove_folder(folder)
     }
 }
