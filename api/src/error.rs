@@ -59,9 +59,12 @@ pub fn http_status(code: Code) -> u16 {
         | Code::ImageNotFound
         | Code::OperationNotFound
         | Code::TemplateNotFound
+        | Code::SnapshotNotFound
+        | Code::NetworkNotFound
         | Code::SettingNotFound => 404,
-        Code::PermissionDenied => 403,
+        Code::PermissionDenied | Code::WrongPassphrase => 403,
         Code::InstanceExists
+        | Code::SnapshotExists
         | Code::InstanceDeleted
         | Code::WrongState
         | Code::ImageInUse

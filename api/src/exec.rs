@@ -31,6 +31,9 @@ pub struct ExecRequest {
     /// Folder in the guest to run in; the user's home if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub working_directory: Option<String>,
+    /// A subsystem of the guest's SSH server (`sftp`) instead of a command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subsystem: Option<String>,
     /// A terminal, if the command is to have one (then stderr comes with stdout).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tty: Option<Tty>,

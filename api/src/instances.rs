@@ -24,18 +24,24 @@ pub enum InstanceState {
     Running,
     Restarting,
     Stopping,
+    /// Its memory is being written to disk.
+    Suspending,
+    /// Its memory is on disk; `start` goes on where it was.
+    Suspended,
     /// The hypervisor runs, the guest does not answer.
     Unknown,
 }
 
 impl InstanceState {
-    pub const ALL: [InstanceState; 7] = [
+    pub const ALL: [InstanceState; 9] = [
         InstanceState::Creating,
         InstanceState::Stopped,
         InstanceState::Starting,
         InstanceState::Running,
         InstanceState::Restarting,
         InstanceState::Stopping,
+        InstanceState::Suspending,
+        InstanceState::Suspended,
         InstanceState::Unknown,
     ];
 
@@ -47,6 +53,8 @@ impl InstanceState {
             InstanceState::Running => "running",
             InstanceState::Restarting => "restarting",
             InstanceState::Stopping => "stopping",
+            InstanceState::Suspending => "suspending",
+            InstanceState::Suspended => "suspended",
             InstanceState::Unknown => "unknown",
         }
     }
@@ -156,6 +164,55 @@ pub struct StopRequest {
     /// Seconds that the guest has to shut down; 300 if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<u64>,
+    /// Minutes from now; users in the guest are told. A start takes it back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delay_minutes: Option<u64>,
+    /// Take back a stop that was asked for with a delay, and nothing else.
+    #[serde(default)]
+    pub cancel: bool,
+}
+
+/// What happens to an instance when the host has started again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Autostart {
+    /// It runs again if it ran when the host went down.
+    #[default]
+    Last,
+    /// It is started.
+    Always,
+    Never,
+}
+
+/// What happens when an instance's VM ends although nobody wanted it to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnCrash {
+    /// It stays as it is.
+    #[default]
+    Stop,
+    /// It is started again, three times in ten minutes at most.
+    Restart,
+}
+
+/// What was set and holds from the next boot on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Pending {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Size>,
+}
+
+/// What a suspended instance goes on from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Suspended {
+    #[schema(value_type = String, format = "date-time")]
+    pub at: Timestamp,
+    /// Bytes on the host's disk.
+    pub bytes: u64,
+    /// The machine that it needs, `pc-q35-10.0`.
+    pub machine_type: String,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
@@ -201,6 +258,16 @@ pub struct Instance {
     /// When it is deleted unless the lease is renewed; none for one that stays.
     #[schema(value_type = Option<String>, format = "date-time")]
     pub lease_expires_at: Option<Timestamp>,
+    /// When it will be shut down, if that was asked for with a delay.
+    #[schema(value_type = Option<String>, format = "date-time")]
+    pub shutdown_at: Option<Timestamp>,
+    pub suspended: Option<Suspended>,
+    /// What was set while it ran and holds from its next boot on.
+    pub pending: Option<Pending>,
+    /// How many snapshots it has.
+    pub snapshots: u32,
+    pub autostart: Autostart,
+    pub on_crash: OnCrash,
     /// How long each phase of the last launch or start took.
     pub phases: Vec<PhaseTime>,
     /// What cloud-init said of the instance's first boot.

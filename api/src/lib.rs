@@ -12,6 +12,7 @@ pub mod blob;
 pub mod error;
 pub mod events;
 pub mod exec;
+pub mod host;
 pub mod identity;
 pub mod images;
 pub mod instances;
@@ -19,23 +20,31 @@ pub mod operations;
 pub mod routes;
 pub mod server;
 pub mod settings;
+pub mod snapshots;
 pub mod templates;
 
 pub use blob::Blob;
 pub use error::{ErrorBody, ErrorReply};
 pub use events::Event;
 pub use exec::{ExecControl, ExecEvent, ExecRequest, Tty};
+pub use host::{
+    AuthenticateRequest, Check, HostInfo, HostNetwork, InstanceUsage, SshInfo, Verdict,
+};
 pub use identity::{Identity, IdentityItem};
 pub use images::{CatalogEntry, Image, PruneReply, PrunedImage};
 pub use instances::{
-    CloudInit, CloudInitStatus, DeleteQuery, GuestReport, Instance, InstanceImage, InstanceState,
-    LaunchRequest, LeaseRequest, LogQuery, Origin, PhaseTime, PortQuery, StartRequest, StopRequest,
-    Usage, Warm,
+    Autostart, CloudInit, CloudInitStatus, DeleteQuery, GuestReport, Instance, InstanceImage,
+    InstanceState, LaunchRequest, LeaseRequest, LogQuery, OnCrash, Origin, Pending, PhaseTime,
+    PortQuery, StartRequest, StopRequest, Suspended, Usage, Warm,
 };
 pub use operations::{Operation, OperationEvent, OperationKind, OperationState, Progress};
-pub use pileus_base::{Class, Code, Digest, InstanceName, Phase, Size};
+pub use pileus_base::{Class, Code, Digest, InstanceName, Phase, Size, SnapshotName};
 pub use server::{Hypervisor, ServerInfo};
 pub use settings::{Setting, SettingRequest};
+pub use snapshots::{
+    CloneReply, CloneRequest, RenameRequest, RestoreRequest, Snapshot, SnapshotReply,
+    SnapshotRequest,
+};
 pub use templates::{
     ForkReply, ForkRequest, PrunedTemplate, Template, TemplatePruneQuery, TemplateRequest,
     TemplateState,

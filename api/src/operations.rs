@@ -30,6 +30,16 @@ pub enum OperationKind {
     CreateTemplate,
     /// Clones a running instance.
     Fork,
+    Suspend,
+    Snapshot,
+    /// Brings an instance back to a snapshot.
+    Restore,
+    DeleteSnapshot,
+    Clone,
+    Rename,
+    /// Writes an instance with its snapshots to an archive.
+    Export,
+    Import,
 }
 
 impl OperationKind {
@@ -43,6 +53,14 @@ impl OperationKind {
             OperationKind::Pull => "pull",
             OperationKind::CreateTemplate => "create-template",
             OperationKind::Fork => "fork",
+            OperationKind::Suspend => "suspend",
+            OperationKind::Snapshot => "snapshot",
+            OperationKind::Restore => "restore",
+            OperationKind::DeleteSnapshot => "delete-snapshot",
+            OperationKind::Clone => "clone",
+            OperationKind::Rename => "rename",
+            OperationKind::Export => "export",
+            OperationKind::Import => "import",
         }
     }
 }

@@ -17,6 +17,22 @@ pub const INSTANCE_FORK: &str = "/v1/instances/{name}/fork";
 pub const INSTANCE_IDENTITY: &str = "/v1/instances/{name}/identity";
 /// WebSocket to a TCP port in the guest: binary messages both ways.
 pub const INSTANCE_PORT: &str = "/v1/instances/{name}/port";
+pub const INSTANCE_SUSPEND: &str = "/v1/instances/{name}/suspend";
+pub const INSTANCE_CLONE: &str = "/v1/instances/{name}/clone";
+pub const INSTANCE_RENAME: &str = "/v1/instances/{name}/rename";
+pub const INSTANCE_SNAPSHOTS: &str = "/v1/instances/{name}/snapshots";
+pub const INSTANCE_SNAPSHOT: &str = "/v1/instances/{name}/snapshots/{snapshot}";
+pub const INSTANCE_RESTORE: &str = "/v1/instances/{name}/snapshots/{snapshot}/restore";
+/// WebSocket to the serial console: binary messages both ways.
+pub const INSTANCE_CONSOLE: &str = "/v1/instances/{name}/console";
+/// How to reach it with an ordinary SSH client.
+pub const INSTANCE_SSH: &str = "/v1/instances/{name}/ssh";
+/// The snapshots of all instances.
+pub const SNAPSHOTS: &str = "/v1/snapshots";
+pub const HOST: &str = "/v1/host";
+pub const NETWORKS: &str = "/v1/networks";
+pub const USAGE: &str = "/v1/usage";
+pub const AUTHENTICATE: &str = "/v1/authenticate";
 pub const TEMPLATES: &str = "/v1/templates";
 pub const TEMPLATE: &str = "/v1/templates/{id}";
 pub const TEMPLATES_PRUNE: &str = "/v1/templates/prune";
@@ -52,6 +68,11 @@ pub fn fill(path: &str, value: &str) -> String {
     filled + after
 }
 
+/// As [`fill`], for a path with two parameters.
+pub fn fill_two(path: &str, first: &str, second: &str) -> String {
+    fill(&fill(path, first), second)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,5 +81,9 @@ mod tests {
     fn a_value_can_not_leave_its_segment() {
         assert_eq!(fill(INSTANCE_START, "foo"), "/v1/instances/foo/start");
         assert_eq!(fill(INSTANCE, "../x?y"), "/v1/instances/..%2Fx%3Fy");
+        assert_eq!(
+            fill_two(INSTANCE_SNAPSHOT, "{a", "b"),
+            "/v1/instances/%7Ba/snapshots/b"
+        );
     }
 }

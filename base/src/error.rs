@@ -63,6 +63,9 @@ codes! {
     InstanceDeleted = "instance-deleted", User;
     /// The instance's state doesn't allow this.
     WrongState = "wrong-state", User;
+    SnapshotExists = "snapshot-exists", User;
+    SnapshotNotFound = "snapshot-not-found", User;
+    NetworkNotFound = "network-not-found", User;
     ImageNotFound = "image-not-found", User;
     /// The image is used by an instance.
     ImageInUse = "image-in-use", User;
@@ -77,6 +80,12 @@ codes! {
     /// No template fits the launch, or the one that would can't be used.
     NoTemplate = "no-template", User;
     SettingNotFound = "setting-not-found", User;
+    /// A setting's value that is not possible.
+    InvalidSetting = "invalid-setting", User;
+    /// The passphrase is not the one that was set.
+    WrongPassphrase = "wrong-passphrase", User;
+    /// A saved machine can't go on with this host's hypervisor.
+    CantResume = "cant-resume", Host;
     /// The caller may not use this daemon.
     PermissionDenied = "permission-denied", User;
 

@@ -19,6 +19,6 @@ pub use digest::Digest;
 pub use error::{Class, Code, Error, Result, ResultExt};
 pub use layout::Layout;
 pub use mac::Mac;
-pub use name::InstanceName;
+pub use name::{InstanceName, SnapshotName};
 pub use progress::{Phase, Reporter, Update};
 pub use size::Size;

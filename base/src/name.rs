@@ -73,6 +73,53 @@ impl AsRef<str> for InstanceName {
     }
 }
 
+/// A snapshot's name within its instance; the rule is that of instance names.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schema(value_type = String, pattern = "^[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?$")]
+pub struct SnapshotName(InstanceName);
+
+impl SnapshotName {
+    pub fn as_str(&self) -> &str {
+        self.0.as_str()
+    }
+}
+
+impl FromStr for SnapshotName {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let name = text.parse().map_err(|err: Error| {
+            Error::new(
+                Code::InvalidName,
+                format!("Invalid snapshot name supplied: {text}"),
+            )
+            .advise(err.advice.unwrap_or_default())
+        })?;
+        Ok(Self(name))
+    }
+}
+
+impl TryFrom<String> for SnapshotName {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self, Error> {
+        text.parse()
+    }
+}
+
+impl From<SnapshotName> for String {
+    fn from(name: SnapshotName) -> Self {
+        name.0.into()
+    }
+}
+
+impl fmt::Display for SnapshotName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,6 +148,9 @@ mod tests {
         ] {
             let err = name.parse::<InstanceName>().unwrap_err();
             assert_eq!(err.code, Code::InvalidName, "{name:?}");
+            let err = name.parse::<SnapshotName>().unwrap_err();
+            assert_eq!(err.code, Code::InvalidName, "{name:?}");
+            assert!(err.message.contains("snapshot"), "{err}");
         }
     }
 }

@@ -46,6 +46,14 @@ pub enum Phase {
     Forking,
     /// Waiting for the guest to shut down.
     Stopping,
+    /// Writing an instance's memory to disk, to go on later.
+    Suspending,
+    /// Loading a suspended instance.
+    Resuming,
+    /// Freezing an instance's disk.
+    Snapshotting,
+    /// Writing an instance to an archive, or reading one.
+    Archiving,
     Deleting,
 }
 
@@ -68,6 +76,10 @@ impl Phase {
             Phase::Saving => "saving",
             Phase::Forking => "forking",
             Phase::Stopping => "stopping",
+            Phase::Suspending => "suspending",
+            Phase::Resuming => "resuming",
+            Phase::Snapshotting => "snapshotting",
+            Phase::Archiving => "archiving",
             Phase::Deleting => "deleting",
         }
     }

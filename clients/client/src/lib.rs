@@ -15,12 +15,14 @@
 #![forbid(unsafe_code)]
 
 mod exec;
+mod host;
 mod http;
 mod images;
 mod instances;
 mod operations;
 mod port;
 mod settings;
+mod snapshots;
 mod socket;
 mod sse;
 mod templates;
