@@ -26,6 +26,11 @@ impl Context {
         }
     }
 
+    /// Whether this program was called by the name `multipass` and has to behave as that does.
+    pub fn multipass(&self) -> bool {
+        self.env.personality.multipass()
+    }
+
     /// A client of a daemon that answers; starts the user's own daemon if that is missing.
     pub async fn client(&self) -> Result<Client, CommandError> {
         daemon::connect(&self.place, &self.env).await

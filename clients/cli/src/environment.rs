@@ -8,12 +8,18 @@ use std::path::PathBuf;
 
 use pileus_base::layout::UserFolders;
 
+use crate::personality::Personality;
+
 #[derive(Debug, Clone, Default)]
 pub struct Environment {
+    /// Under which name the program was called.
+    pub personality: Personality,
     pub folders: UserFolders,
+    /// The folder of this program's own settings: `$XDG_CONFIG_HOME/pileus`. None without a home.
+    pub config_folder: Option<PathBuf>,
     /// PILEUS_SOCKET
     pub socket: Option<PathBuf>,
-    /// PILEUS_STORAGE
+    /// PILEUS_STORAGE; under the name `multipass` MULTIPASS_STORAGE comes first
     pub storage: Option<PathBuf>,
     /// TERM
     pub term: String,
@@ -42,7 +48,12 @@ impl Environment {
                 .filter(|value| !value.is_empty())
                 .map(PathBuf::from)
         };
+        let personality = Personality::of_program(env::args_os().next().as_deref());
+        let multipass = |name| path(name).filter(|_| personality.multipass());
+        let config = path("XDG_CONFIG_HOME").or_else(|| Some(path("HOME")?.join(".config")));
         Self {
+            personality,
+            config_folder: config.map(|folder| folder.join("pileus")),
             folders: UserFolders {
                 home: path("HOME"),
                 data_home: path("XDG_DATA_HOME"),
@@ -51,7 +62,7 @@ impl Environment {
                 uid: rustix::process::getuid().as_raw(),
             },
             socket: path("PILEUS_SOCKET"),
-            storage: path("PILEUS_STORAGE"),
+            storage: multipass("MULTIPASS_STORAGE").or_else(|| path("PILEUS_STORAGE")),
             term: env::var("TERM").unwrap_or_default(),
             search_path: env::var_os("PATH").unwrap_or_default(),
             own_folder: env::current_exe()

@@ -14,6 +14,7 @@
 //! Next step on the way of the data: `clients/client/`.
 #![deny(unsafe_code)]
 
+mod aliases;
 pub mod args;
 mod cloud_init;
 mod commands;
@@ -24,6 +25,7 @@ pub mod docs;
 pub mod environment;
 pub mod error;
 pub mod hints;
+pub mod personality;
 mod place;
 mod progress;
 pub mod render;
@@ -38,6 +40,7 @@ use std::process::ExitCode;
 
 pub use args::command;
 pub use environment::Environment;
+pub use personality::Personality;
 
 use crate::context::Context;
 

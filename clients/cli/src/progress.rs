@@ -178,6 +178,10 @@ pub(crate) fn phase_text(phase: Phase, target: &str) -> String {
         Phase::Saving => format!("Saving {target}"),
         Phase::Forking => format!("Forking {target}"),
         Phase::Stopping => format!("Stopping {target}"),
+        Phase::Suspending => format!("Suspending {target}"),
+        Phase::Resuming => format!("Resuming {target}"),
+        Phase::Snapshotting => format!("Taking a snapshot of {target}"),
+        Phase::Archiving => format!("Archiving {target}"),
         Phase::Deleting => format!("Deleting {target}"),
     }
 }

@@ -189,6 +189,7 @@ impl Plan {
             working_directory: args.workdir,
             tty: tty.then(|| session::terminal_of(context)),
             command: args.command,
+            ..Default::default()
         };
         // Last, because it may read standard input or an address.
         let machine = launch::Args {

@@ -28,6 +28,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
     let request = StopRequest {
         force: args.force,
         timeout: None,
+        ..Default::default()
     };
     several::operate(context, &client, &names, async |client, name| {
         client.stop(name, &request).await

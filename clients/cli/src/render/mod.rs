@@ -47,6 +47,8 @@ pub fn state(instance: &Instance) -> &'static str {
         InstanceState::Running => "Running",
         InstanceState::Restarting => "Restarting",
         InstanceState::Stopping => "Stopping",
+        InstanceState::Suspending => "Suspending",
+        InstanceState::Suspended => "Suspended",
         InstanceState::Unknown => "Unknown",
     }
 }

@@ -46,6 +46,12 @@ pub fn instances() -> Vec<Instance> {
             template: "0123456789abcdef".into(),
         },
         lease_expires_at: Some(time("2026-11-21T20:00:40Z")),
+        shutdown_at: None,
+        suspended: None,
+        pending: None,
+        snapshots: 2,
+        autostart: pileus_api::Autostart::Last,
+        on_crash: pileus_api::OnCrash::Stop,
         phases: vec![
             phase(Phase::Configuring, 120),
             phase(Phase::Starting, 340),
@@ -77,6 +83,7 @@ pub fn instances() -> Vec<Instance> {
         id: uuid::Uuid::from_u128(2),
         name: "bar".parse().unwrap(),
         state: InstanceState::Stopped,
+        snapshots: 0,
         ipv4: vec![],
         started_at: None,
         origin: Origin::Cold {
