@@ -2,7 +2,7 @@
 
 use pileus_base::{Digest, Size};
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use crate::Timestamp;
 
@@ -30,6 +30,22 @@ pub struct Image {
     pub used_at: Option<Timestamp>,
     /// Names of the instances that stand on it.
     pub used_by: Vec<String>,
+}
+
+/// Which of the images that can be launched are asked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct CatalogQuery {
+    /// `NAME`, `REMOTE:NAME` (that image alone, under the name that was asked for; or those whose names
+    /// hold it) or `REMOTE:`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub search: Option<String>,
+    /// Also releases that are no longer supported.
+    #[serde(default)]
+    pub unsupported: bool,
+    /// Ask the image hosts, however new the copies of their lists are.
+    #[serde(default)]
+    pub refresh: bool,
 }
 
 /// An image that `launch` knows by name.

@@ -31,7 +31,7 @@ pub use host::{
     AuthenticateRequest, Check, HostInfo, HostNetwork, InstanceUsage, SshInfo, Verdict,
 };
 pub use identity::{Identity, IdentityItem};
-pub use images::{CatalogEntry, Image, PruneReply, PrunedImage};
+pub use images::{CatalogEntry, CatalogQuery, Image, PruneReply, PrunedImage};
 pub use instances::{
     Autostart, CloudInit, CloudInitStatus, DeleteQuery, GuestReport, Instance, InstanceImage,
     InstanceState, LaunchRequest, LeaseRequest, LogQuery, OnCrash, Origin, Pending, PhaseTime,

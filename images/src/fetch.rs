@@ -334,18 +334,21 @@ impl Download<'_> {
     }
 
     fn failed(&self, err: reqwest::Error) -> Error {
-        // The innermost cause is what helps: "connection refused", a TLS error, …
-        let mut cause: &dyn std::error::Error = &err;
-        while let Some(next) = cause.source() {
-            cause = next;
-        }
-        let why = if err.is_timeout() {
-            "the server does not answer in time".to_owned()
-        } else {
-            cause.to_string()
-        };
-        self.error(&why).with_source(err.without_url())
+        self.error(&cause(&err)).with_source(err.without_url())
     }
+}
+
+/// Why a request failed, in few words.
+pub(crate) fn cause(err: &reqwest::Error) -> String {
+    if err.is_timeout() {
+        return "the server does not answer in time".to_owned();
+    }
+    // The innermost cause is what helps: "connection refused", a TLS error, …
+    let mut cause: &dyn std::error::Error = err;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
 }
 
 fn mark_of(response: &Response) -> Mark {

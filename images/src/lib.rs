@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! reference  what the user wrote            `debian`, `build:debian-13`, `file:///x`, `https://…`
+//! lookup     which host is asked
 //! hosts      → one item that can be got     which host knows the name, and how to get it
 //! obtain     one piece of work an item      many callers wait for the same fetch or build
 //! fetch      → bytes in the stage, hashed   download (resume, retry) or copy; hosts/build makes one
@@ -19,6 +20,7 @@ pub mod fetch;
 pub mod format;
 pub mod hosts;
 mod image;
+mod lookup;
 mod obtain;
 pub mod overlay;
 pub mod qcow2;
@@ -32,5 +34,6 @@ mod tool;
 pub use fetch::Patience;
 pub use hosts::{About, CatalogEntry, Host, Item, Origin};
 pub use image::{Image, ImageInfo};
+pub use lookup::CatalogWish;
 pub use reference::ImageRef;
 pub use store::{Limits, Listed, Removed, Store, StoreConfig, Tools};

@@ -70,7 +70,7 @@ impl FromStr for ImageRef {
 }
 
 /// Host and image names: nothing that a shell, a path or a log would stumble over.
-fn is_name(text: &str) -> bool {
+pub(crate) fn is_name(text: &str) -> bool {
     text.len() <= 128
         && text
             .bytes()

@@ -20,7 +20,7 @@ use crate::format::{self, Work};
 use crate::hosts::build::{self, BuildHost};
 use crate::hosts::file::FileHost;
 use crate::hosts::http::HttpHost;
-use crate::hosts::{CatalogEntry, Host, Item, Origin};
+use crate::hosts::{Host, Item, Origin};
 use crate::image::{self, Image, ImageInfo};
 use crate::obtain::Flights;
 use crate::reference::ImageRef;
@@ -120,7 +120,7 @@ pub struct Removed {
 
 #[derive(Debug)]
 pub struct Store {
-    config: StoreConfig,
+    pub(crate) config: StoreConfig,
     client: reqwest::Client,
     sources: Sources,
     flights: Arc<Flights<Arc<Image>>>,
@@ -157,13 +157,20 @@ impl Store {
         report: &Reporter,
     ) -> Result<Arc<Image>> {
         report.phase(Phase::ResolvingImage);
-        if let ImageRef::Digest(hex) = reference {
-            let image = self.find(hex)?;
-            agree(checksum, image.digest())?;
-            image.touch();
-            return Ok(image);
-        }
-        let item = self.resolve(reference, report).await?;
+        let item = match reference {
+            ImageRef::Digest(hex) => match self.find(hex) {
+                Ok(image) => {
+                    agree(checksum, image.digest())?;
+                    image.touch();
+                    return Ok(image);
+                }
+                Err(err) if err.code == Code::ImageNotFound => {
+                    self.promised(reference, err, report).await?
+                }
+                Err(err) => return Err(err),
+            },
+            _ => self.resolve(reference, report).await?,
+        };
         if let Some(promised) = &item.expected {
             agree(checksum, promised)?;
         }
@@ -183,46 +190,6 @@ impl Store {
             .await?;
         image.touch();
         Ok(image)
-    }
-
-    /// Asks the hosts, in order, which item is meant. Nothing is fetched yet.
-    pub async fn resolve(&self, reference: &ImageRef, report: &Reporter) -> Result<Item> {
-        for host in &self.config.hosts {
-            if let Some(item) = report.or_cancelled(host.resolve(reference, report)).await? {
-                return Ok(item);
-            }
-        }
-        let message = match reference {
-            ImageRef::On { remote, .. }
-                if !self.config.hosts.iter().any(|host| host.name() == remote) =>
-            {
-                format!("Remote \"{remote}\" is unknown or unreachable.")
-            }
-            ImageRef::On { remote, name } => {
-                format!("Unable to find an image matching \"{name}\" in remote \"{remote}\".")
-            }
-            _ => format!("Unable to find an image matching \"{reference}\"."),
-        };
-        Err(Error::new(Code::ImageNotFound, message).advise("`pileus find` shows what there is."))
-    }
-
-    /// What can be got by name. A host that fails is left out, unless all do.
-    pub async fn catalog(&self) -> Result<Vec<CatalogEntry>> {
-        let mut all = Vec::new();
-        let mut failure = None;
-        for host in &self.config.hosts {
-            match host.catalog().await {
-                Ok(entries) => all.extend(entries),
-                Err(err) => {
-                    tracing::warn!(host = host.name(), %err, "catalogue not available");
-                    failure = Some(err);
-                }
-            }
-        }
-        match failure {
-            Some(err) if all.is_empty() => Err(err),
-            _ => Ok(all),
-        }
     }
 
     /// All images of the store, the last used first. Damaged ones are left out and logged.

@@ -1,6 +1,6 @@
 //! Calls about images: what can be launched and what the store holds.
 
-use pileus_api::{CatalogEntry, Digest, Image, PruneReply, routes};
+use pileus_api::{CatalogEntry, CatalogQuery, Digest, Image, PruneReply, routes};
 use pileus_base::Result;
 use reqwest::Method;
 
@@ -10,6 +10,12 @@ impl Client {
     /// The images that `launch` knows by name.
     pub async fn catalog(&self) -> Result<Vec<CatalogEntry>> {
         self.get(routes::CATALOG).await
+    }
+
+    /// Those of them that are asked for.
+    pub async fn catalog_of(&self, query: &CatalogQuery) -> Result<Vec<CatalogEntry>> {
+        let request = self.request(Method::GET, routes::CATALOG);
+        self.answer(request.query(query)).await
     }
 
     /// The images in the store.

@@ -2,16 +2,22 @@
 
 use axum::extract::State;
 use axum::http::StatusCode;
-use pileus_api::{CatalogEntry, ErrorReply, Image, PruneReply};
+use pileus_api::{CatalogEntry, CatalogQuery, ErrorReply, Image, PruneReply};
 
-use super::{Json, Path, Reply};
+use super::{Json, Path, Query, Reply};
 use crate::service::Service;
 
 /// Lists the images that can be launched by name.
 #[utoipa::path(get, operation_id = "list_catalog", path = "/v1/catalog", tag = "images",
-    responses((status = 200, description = "Images of all hosts", body = Vec<CatalogEntry>)))]
-pub async fn catalog(State(service): State<Service>) -> Reply<Json<Vec<CatalogEntry>>> {
-    Ok(Json(service.catalog().await?))
+    params(CatalogQuery),
+    responses(
+        (status = 200, description = "Images of all hosts", body = Vec<CatalogEntry>),
+        (status = 404, description = "Nothing has that name", body = ErrorReply)))]
+pub async fn catalog(
+    State(service): State<Service>,
+    Query(query): Query<CatalogQuery>,
+) -> Reply<Json<Vec<CatalogEntry>>> {
+    Ok(Json(service.catalog(&query).await?))
 }
 
 /// Lists the images in the store.

@@ -3,22 +3,57 @@
 use std::fs::File;
 use std::path::Path;
 
-use pileus_api::{CatalogEntry, Event, Image as ApiImage, PruneReply, PrunedImage};
+use pileus_api::{CatalogEntry, CatalogQuery, Event, Image as ApiImage, PruneReply, PrunedImage};
 use pileus_base::{Code, Error, Result};
+use pileus_images::{CatalogWish, ImageInfo};
 
 use super::{Mode, Service, blocking};
 use crate::http::listener::Peer;
 
 impl Service {
-    pub async fn catalog(&self) -> Result<Vec<CatalogEntry>> {
-        let entries = self.parts.store.catalog().await?;
-        let stored = self.parts.store.list()?;
+    /// What can be launched by name; with a search text, what that means.
+    pub async fn catalog(&self, query: &CatalogQuery) -> Result<Vec<CatalogEntry>> {
+        let search = query.search.as_deref().unwrap_or_default();
+        let (remote, name) = match search.split_once(':') {
+            Some((remote, name)) => (Some(remote.to_owned()), name),
+            None => (None, search),
+        };
+        let wish = CatalogWish {
+            remote,
+            unsupported: query.unsupported,
+            refresh: query.refresh,
+        };
+        let store = &self.parts.store;
+        let entries = match name {
+            "" => store.catalog(&wish).await?,
+            name => match store.search(&search.parse()?).await {
+                Ok(entry) => vec![entry],
+                // Not the name of one: those whose names hold it.
+                Err(err) if err.code == Code::ImageNotFound => {
+                    let mut some = store.catalog(&wish).await?;
+                    some.retain(|entry| {
+                        let mut names = std::iter::once(&entry.name).chain(&entry.aliases);
+                        names.any(|known| known.contains(name))
+                    });
+                    match some.is_empty() {
+                        true => return Err(err),
+                        false => some,
+                    }
+                }
+                Err(err) => return Err(err),
+            },
+        };
+        let stored = store.list()?;
         Ok(entries
             .into_iter()
             .map(|entry| {
                 let source = format!("{}:{}", entry.remote, entry.name);
+                let cached = |info: &ImageInfo| match &entry.digest {
+                    Some(digest) => info.digest == *digest,
+                    None => info.source == source,
+                };
                 CatalogEntry {
-                    cached: stored.iter().any(|image| image.info.source == source),
+                    cached: stored.iter().any(|image| cached(&image.info)),
                     name: entry.name,
                     aliases: entry.aliases,
                     os: entry.about.os,

@@ -123,11 +123,13 @@ impl Host for BuildHost {
         REMOTE
     }
 
-    fn catalog(&self) -> BoxFuture<'_, Result<Vec<CatalogEntry>>> {
+    fn catalog(&self, _: bool) -> BoxFuture<'_, Result<Vec<CatalogEntry>>> {
         let entries = RELEASES.iter().map(|release| CatalogEntry {
             remote: REMOTE.into(),
             name: release.name.into(),
             aliases: release.aliases.iter().map(|a| (*a).into()).collect(),
+            supported: true,
+            digest: None,
             about: about(release),
         });
         ready(Ok(entries.collect())).boxed()

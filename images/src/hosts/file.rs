@@ -14,7 +14,7 @@ impl Host for FileHost {
         "file"
     }
 
-    fn catalog(&self) -> BoxFuture<'_, Result<Vec<CatalogEntry>>> {
+    fn catalog(&self, _: bool) -> BoxFuture<'_, Result<Vec<CatalogEntry>>> {
         ready(Ok(Vec::new())).boxed()
     }
 

@@ -1,9 +1,8 @@
 //! Image hosts: from a name to one item that can be got. A host knows names and where their images
 //! are; how bytes are fetched, checked and stored is the same for all and not their business.
 //!
-//! One file a host: `build` (made on this machine), `file`, `http`. A catalogue on the net
-//! (simplestreams) is one more file here that implements [`Host`] and resolves names to
-//! [`Origin::Url`] items with the digest that the catalogue promises.
+//! One file a host: `build` (made on this machine), `file`, `http`, `simplestreams` (catalogues on the
+//! net, such as Ubuntu's).
 //!
 //! Next step: `obtain` (one piece of work an item).
 
@@ -11,6 +10,7 @@ pub mod apt;
 pub mod build;
 pub mod file;
 pub mod http;
+pub mod simplestreams;
 
 use std::path::PathBuf;
 
@@ -27,6 +27,10 @@ pub struct CatalogEntry {
     pub remote: String,
     pub name: String,
     pub aliases: Vec<String>,
+    /// Its maker still keeps it secure.
+    pub supported: bool,
+    /// The digest that the host promises, if it does.
+    pub digest: Option<Digest>,
     pub about: About,
 }
 
@@ -72,8 +76,13 @@ pub trait Host: Send + Sync + std::fmt::Debug {
     /// The remote's name: what stands before the colon.
     fn name(&self) -> &str;
 
-    /// What there is, in the order in which it should be shown.
-    fn catalog(&self) -> BoxFuture<'_, Result<Vec<CatalogEntry>>>;
+    /// Whether a list of all hosts' images shows this one's, and names without a remote mean them.
+    fn is_listed(&self) -> bool {
+        true
+    }
+
+    /// What there is, in the order in which it should be shown. With `refresh` no copy is good enough.
+    fn catalog(&self, refresh: bool) -> BoxFuture<'_, Result<Vec<CatalogEntry>>>;
 
     /// The item that `reference` means, or `None` if this host doesn't know it.
     fn resolve<'a>(

@@ -7,4 +7,5 @@ mod formats;
 mod overlay;
 mod server;
 mod store;
+mod streams;
 mod support;

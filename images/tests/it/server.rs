@@ -1,12 +1,12 @@
-//! A fake image host on loopback: one artifact, answers that can go wrong in order, and a record of
-//! what was asked.
+//! A fake image host on loopback: one artifact (or a whole tree of files), answers that can go wrong in
+//! order, and a record of what was asked.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, Response, StatusCode, header};
+use axum::http::{HeaderMap, Response, StatusCode, Uri, header};
 use axum::routing::get;
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -31,10 +31,14 @@ pub enum Answer {
 #[derive(Debug, Default)]
 pub struct Script {
     pub bytes: Bytes,
+    /// By path; if there are any, nothing else is served.
+    pub files: BTreeMap<String, Bytes>,
     pub etag: Option<String>,
     pub answers: VecDeque<Answer>,
     /// The headers of each request.
     pub requests: Vec<HeaderMap>,
+    /// The path of each request.
+    pub paths: Vec<String>,
 }
 
 pub struct Server {
@@ -49,7 +53,7 @@ impl Server {
             bytes: bytes.into(),
             etag: Some("\"one\"".into()),
             answers: answers.into_iter().collect(),
-            requests: Vec::new(),
+            ..Script::default()
         }));
         let app = axum::Router::new()
             .route("/{*path}", get(answer))
@@ -62,6 +66,27 @@ impl Server {
             address,
             task,
         }
+    }
+
+    /// Serves a tree of files.
+    pub async fn of_files(files: BTreeMap<String, Bytes>) -> Self {
+        let server = Self::start(Vec::new(), []).await;
+        {
+            let mut script = server.script.lock().unwrap();
+            script.files = files;
+            script.etag = None;
+        }
+        server
+    }
+
+    /// The address of the tree.
+    pub fn base(&self) -> url::Url {
+        format!("http://{}/", self.address).parse().unwrap()
+    }
+
+    /// The paths that were asked for since the last call.
+    pub fn paths(&self) -> Vec<String> {
+        std::mem::take(&mut self.script.lock().unwrap().paths)
     }
 
     pub fn reference(&self) -> ImageRef {
@@ -94,14 +119,25 @@ impl Drop for Server {
     }
 }
 
-async fn answer(State(script): State<Arc<Mutex<Script>>>, headers: HeaderMap) -> Response<Body> {
+async fn answer(
+    State(script): State<Arc<Mutex<Script>>>,
+    uri: Uri,
+    headers: HeaderMap,
+) -> Response<Body> {
     let (bytes, etag, answer) = {
         let mut script = script.lock().unwrap();
         script.requests.push(headers.clone());
+        script.paths.push(uri.path().to_owned());
         let answer = script.answers.pop_front();
-        (script.bytes.clone(), script.etag.clone(), answer)
+        let bytes = match script.files.is_empty() {
+            true => Some(script.bytes.clone()),
+            false => script.files.get(uri.path()).cloned(),
+        };
+        (bytes, script.etag.clone(), answer)
     };
     let mut response = Response::builder();
+    let missing = bytes.is_none();
+    let bytes = bytes.unwrap_or_default();
     if let Some(etag) = &etag {
         response = response.header(header::ETAG, etag);
     }
@@ -121,9 +157,14 @@ async fn answer(State(script): State<Arc<Mutex<Script>>>, headers: HeaderMap) ->
                 .unwrap();
         }
         Some(Answer::Redirect) => {
+            // To the same file of a tree, to another name of the one artifact.
+            let path = match missing || uri.path() == "/disk.img" {
+                true => "/other/disk.img",
+                false => uri.path(),
+            };
             return response
                 .status(302)
-                .header(header::LOCATION, "/other/disk.img")
+                .header(header::LOCATION, path)
                 .body(Body::empty())
                 .unwrap();
         }
@@ -137,6 +178,12 @@ async fn answer(State(script): State<Arc<Mutex<Script>>>, headers: HeaderMap) ->
         }
         Some(Answer::CutAfter(n)) => cut = Some(n),
         Some(Answer::NoRange) => ranged = false,
+        None if missing => {
+            return response
+                .status(StatusCode::NOT_FOUND)
+                .body(Body::from("no such file"))
+                .unwrap();
+        }
         None => {}
     }
     if current(header::IF_NONE_MATCH) {

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use pileus_base::{Code, Reporter};
-use pileus_images::{ImageRef, Store};
+use pileus_images::{CatalogWish, ImageRef, Store};
 
 use crate::support::*;
 
@@ -158,7 +158,11 @@ async fn unknown_names_are_told_apart() {
             "build:nonesuch",
             "Unable to find an image matching \"nonesuch\" in remote \"build\".",
         ),
-        ("mars:rock", "Remote \"mars\" is unknown or unreachable."),
+        (
+            "mars:rock",
+            "Remote \"mars\" is unknown or unreachable. If image mirror is enabled, please confirm \
+             it is valid.",
+        ),
     ] {
         let got = fixture
             .store
@@ -173,7 +177,11 @@ async fn unknown_names_are_told_apart() {
 #[tokio::test]
 async fn the_catalogue_shows_what_can_be_built() {
     let fixture = Fixture::new();
-    let catalog = fixture.store.catalog().await.unwrap();
+    let catalog = fixture
+        .store
+        .catalog(&CatalogWish::default())
+        .await
+        .unwrap();
     let entry = catalog
         .iter()
         .find(|entry| entry.name == "debian-13")
