@@ -8,7 +8,7 @@
 //! templates.rs    saved machines       settings.rs   the daemon's settings
 //! operations.rs   follow long work to its end, cancel it
 //! sse.rs          server-sent events → typed events
-//! socket.rs       WebSockets: exec.rs  a command in a guest, port.rs  a TCP port in a guest
+//! socket.rs       WebSockets: exec.rs  a command in a guest, port.rs  a TCP port, the console
 //! ```
 //!
 //! Next step on the way of the data: `api/src/routes.rs`, then `daemon/src/http/`.

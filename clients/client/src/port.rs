@@ -1,5 +1,5 @@
-//! A TCP port in a guest: a WebSocket over the daemon's Unix socket whose binary messages are bytes; an
-//! empty one is the end of its direction. Both directions are pulled by their user.
+//! A TCP port in a guest, or its serial console: a WebSocket over the daemon's Unix socket whose binary
+//! messages are bytes; an empty one is the end of its direction. Both directions are pulled by their user.
 
 use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
@@ -12,13 +12,32 @@ use crate::Client;
 use crate::http::instance_path;
 use crate::socket::{Refusal, Socket};
 
-/// The way to the port.
+/// The way to the port or console.
 #[derive(Debug)]
-pub struct PortInput(SplitSink<Socket, Message>);
+pub struct PortInput(SplitSink<Socket, Message>, What);
 
-/// The way from the port.
+/// The way from the port or console.
 #[derive(Debug)]
-pub struct PortOutput(SplitStream<Socket>);
+pub struct PortOutput(SplitStream<Socket>, What);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum What {
+    Port,
+    Console,
+}
+
+impl What {
+    fn broken(self, err: &tungstenite::Error) -> Error {
+        let what = match self {
+            What::Port => "port",
+            What::Console => "console",
+        };
+        Error::new(
+            Code::GuestUnreachable,
+            format!("The connection to the {what} broke: {err}"),
+        )
+    }
+}
 
 impl Client {
     /// Connects to a TCP port on the loopback of a running instance. Dropping both halves ends the
@@ -36,7 +55,28 @@ impl Client {
             }
         };
         let (sink, stream) = socket.split();
-        Ok((PortInput(sink), PortOutput(stream)))
+        Ok((PortInput(sink, What::Port), PortOutput(stream, What::Port)))
+    }
+
+    /// Attaches to the serial console of an instance. It ends when the instance's VM does; dropping both
+    /// halves detaches.
+    pub async fn console(&self, name: &str) -> Result<(PortInput, PortOutput)> {
+        let path = instance_path(routes::INSTANCE_CONSOLE, name)?;
+        let socket = match self.web_socket(&path).await? {
+            Ok(socket) => socket,
+            Err(Refusal::Told(err)) => return Err(err),
+            Err(Refusal::Silent(status)) => {
+                // The instance itself tells the usual reasons.
+                self.instance(name).await?;
+                return Err(Error::new(
+                    Code::GuestUnreachable,
+                    format!("The console of {name} can't be reached (HTTP status {status})"),
+                ));
+            }
+        };
+        let (sink, stream) = socket.split();
+        let what = What::Console;
+        Ok((PortInput(sink, what), PortOutput(stream, what)))
     }
 }
 
@@ -48,13 +88,13 @@ impl PortInput {
             return Ok(());
         }
         let sent = self.0.send(Message::Binary(bytes)).await;
-        sent.map_err(|err| broken(&err))
+        sent.map_err(|err| self.1.broken(&err))
     }
 
     /// No more bytes will be sent; the other direction goes on.
     pub async fn end(&mut self) -> Result<()> {
         let sent = self.0.send(Message::Binary(Bytes::new())).await;
-        sent.map_err(|err| broken(&err))
+        sent.map_err(|err| self.1.broken(&err))
     }
 }
 
@@ -62,23 +102,20 @@ impl PortOutput {
     /// The bytes that come next; none at their end.
     pub async fn next(&mut self) -> Result<Option<Bytes>> {
         while let Some(message) = self.0.next().await {
-            match message.map_err(|err| broken(&err))? {
+            match message.map_err(|err| self.1.broken(&err))? {
                 Message::Binary(bytes) if bytes.is_empty() => return Ok(None),
                 Message::Binary(bytes) => return Ok(Some(bytes)),
                 Message::Close(_) => break,
                 _ => {}
             }
         }
+        // A console is there as long as the machine is.
+        if self.1 == What::Console {
+            return Ok(None);
+        }
         Err(Error::new(
             Code::GuestUnreachable,
             "The connection to the port was cut",
         ))
     }
-}
-
-fn broken(err: &tungstenite::Error) -> Error {
-    Error::new(
-        Code::GuestUnreachable,
-        format!("The connection to the port broke: {err}"),
-    )
 }
