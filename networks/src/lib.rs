@@ -18,6 +18,7 @@
 mod bridge;
 mod dhcp;
 mod firewall;
+pub mod host;
 mod netlink;
 pub mod subnet;
 mod tap;
