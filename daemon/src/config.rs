@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use pileus_base::Layout;
 use pileus_base::layout::UserFolders;
+use pileus_images::hosts::simplestreams::UBUNTU;
 use pileus_instances::qemu::AcceleratorChoice;
 
 use crate::service::settings::{Settings, WarmMode};
@@ -47,6 +48,15 @@ pub struct Args {
         env = "PILEUS_ACCELERATOR"
     )]
     pub accelerator: AcceleratorChoice,
+
+    /// Where the images with Ubuntu's names are; an empty text for nowhere.
+    #[arg(
+        long,
+        value_name = "URL",
+        default_value = UBUNTU,
+        env = "PILEUS_IMAGE_HOST"
+    )]
+    pub image_host: String,
 
     /// When templates are made and used unless `pileus set local.warm` says otherwise: auto, manual or
     /// off.

@@ -21,7 +21,7 @@ pub mod state;
 use std::sync::Arc;
 
 use pileus_base::{Code, Error, Layout, Result, files};
-use pileus_images::{Store, StoreConfig};
+use pileus_images::Store;
 use pileus_networks::{Network, NetworkConfig, Subnet};
 use tokio::net::UnixListener;
 
@@ -32,6 +32,7 @@ use operations::Operations;
 use service::admission::{self, Admission};
 use service::pool::Pool;
 use service::registry::{Instance, Registry};
+use service::remotes;
 use service::settings::Keeper;
 use service::templates::Shelf;
 use service::wiring::Finder;
@@ -115,7 +116,8 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
     templates.take_back_loans().await;
     recover::sweep_layers(&layout, &rows, &broken, &templates)?;
     let settings = Keeper::load(&state, args.settings()).await?;
-    let store = Store::open(StoreConfig::new(layout.images()))?;
+    let (images, mirror) = remotes::store_config(&args.image_host, &layout)?;
+    let store = Store::open(images)?;
     let network = start_network(&args.bridge, &state, &layout, &mode).await?;
     let instances: Vec<_> = rows
         .into_iter()
@@ -133,6 +135,7 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
         state,
         hub,
         store,
+        mirror,
         network: Arc::new(network),
         hypervisor: Finder::new(args.qemu.clone(), search, args.accelerator),
         registry,
@@ -142,6 +145,7 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
         settings,
         admission: Admission::new(admission::available),
         broken,
+        attempts: service::passphrase::Attempts::default(),
         clock: jiff::Timestamp::now,
     });
     Ok((service, instances))

@@ -4,6 +4,8 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use pileus_base::Result;
+
 /// ARPHRD_ETHER: what `type` says of everything that looks like Ethernet.
 const ETHERNET: &str = "1";
 
@@ -101,6 +103,11 @@ fn bridge_of(cards: &[String]) -> String {
         [] => "Network bridge".to_owned(),
         cards => format!("Network bridge with {}", cards.join(", ")),
     }
+}
+
+/// An error unless taps can be made here.
+pub fn check_tun() -> Result<()> {
+    crate::tap::open_device().map(drop)
 }
 
 /// Bytes that went over an interface, as this side of it counts.

@@ -5,9 +5,11 @@
 
 mod events;
 mod exec;
+mod host;
 mod images;
 mod instances;
 pub mod listener;
+mod networks;
 mod operations;
 mod port;
 mod server;
@@ -64,6 +66,11 @@ fn documented() -> (Router<Service>, utoipa::openapi::OpenApi) {
         .routes(routes!(instances::fork))
         .routes(routes!(instances::identity))
         .routes(routes!(exec::exec))
+        .routes(routes!(host::get))
+        .routes(routes!(host::usage))
+        .routes(routes!(host::ssh))
+        .routes(routes!(host::authenticate))
+        .routes(routes!(networks::list))
         .routes(routes!(port::port))
         .routes(routes!(instances::purge))
         .routes(routes!(images::catalog))
@@ -200,6 +207,11 @@ mod tests {
             routes::INSTANCE_LEASE,
             routes::INSTANCE_FORK,
             routes::INSTANCE_IDENTITY,
+            routes::INSTANCE_SSH,
+            routes::HOST,
+            routes::NETWORKS,
+            routes::USAGE,
+            routes::AUTHENTICATE,
             routes::TEMPLATES,
             routes::TEMPLATE,
             routes::TEMPLATES_PRUNE,

@@ -8,17 +8,22 @@ pub(crate) mod admission;
 mod convert;
 mod fork;
 mod guest;
+mod host;
 mod images;
 mod launch;
 pub(crate) mod layers;
 mod leases;
 mod lifecycle;
 mod log;
+mod networks;
 mod order;
+pub(crate) mod passphrase;
 pub(crate) mod pool;
 pub(crate) mod registry;
+pub(crate) mod remotes;
 pub(crate) mod settings;
 pub(crate) mod templates;
+mod usage;
 mod warm;
 pub(crate) mod wiring;
 
@@ -29,6 +34,7 @@ use std::time::Duration;
 use pileus_api::{Hypervisor, Instance as ApiInstance, ServerInfo};
 use pileus_base::{Layout, Result};
 use pileus_images::Store;
+use pileus_images::hosts::simplestreams::Mirror;
 use pileus_instances::driver::Host;
 use pileus_networks::{Network, user_mode};
 
@@ -54,6 +60,8 @@ pub struct Parts {
     pub hub: Hub,
     pub operations: Operations,
     pub store: Arc<Store>,
+    /// The image hosts' mirror, as the setting says.
+    pub mirror: Mirror,
     pub network: Arc<Network>,
     pub hypervisor: wiring::Finder,
     pub registry: Registry,
@@ -64,6 +72,7 @@ pub struct Parts {
     pub settings: settings::Keeper,
     pub admission: admission::Admission,
     pub broken: Vec<BrokenRow>,
+    pub attempts: passphrase::Attempts,
     pub clock: fn() -> pileus_api::Timestamp,
 }
 
