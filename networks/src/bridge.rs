@@ -114,22 +114,29 @@ pub(crate) async fn remove(netlink: &Netlink, name: &str, mac: Mac) -> Result<()
     }
 }
 
-/// Plugs a link into the bridge and sets it up.
+/// Plugs a link into our bridge and sets it up.
 pub(crate) async fn plug(netlink: &Netlink, bridge: &str, mac: Mac, port: &str) -> Result<()> {
-    let bridge_index = find(netlink, bridge, mac).await?;
-    let bridge_link = netlink.link(bridge).await?;
-    let port_link = netlink.link(port).await?;
-    let (Some(controller), Some(bridge_link), Some(port_link)) =
-        (bridge_index, bridge_link, port_link)
-    else {
+    if find(netlink, bridge, mac).await?.is_none() {
+        return Err(
+            Error::new(Code::NetworkFailed, format!("The bridge {bridge} is gone"))
+                .advise("Restart pileusd: it sets its network up again."),
+        );
+    }
+    plug_into(netlink, bridge, port).await
+}
+
+/// Plugs a link into any bridge and sets it up.
+pub(crate) async fn plug_into(netlink: &Netlink, bridge: &str, port: &str) -> Result<()> {
+    let bridge_link = netlink.link(bridge).await?.filter(is_bridge);
+    let (Some(bridge_link), Some(port_link)) = (bridge_link, netlink.link(port).await?) else {
         return Err(Error::new(
             Code::NetworkFailed,
             format!("The bridge {bridge} or the interface {port} is gone"),
         )
-        .advise("Restart pileusd: it sets its network up again."));
+        .advise("Try again; `pileus networks` lists the bridges that are there."));
     };
     let mut message = LinkUnspec::new_with_index(port_link.header.index)
-        .controller(controller)
+        .controller(bridge_link.header.index)
         .up();
     if let Some(mtu) = mtu(&bridge_link) {
         message = message.mtu(mtu);

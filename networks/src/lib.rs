@@ -13,10 +13,12 @@
 //! the table is simply replaced. `Network::start` switches `net.ipv4.ip_forward` on and nothing
 //! switches it off again, because others may rely on it by then.
 //!
-//! One mechanism a file, in the order of the set-up: `subnet`, `bridge`, `firewall`, `dhcp/`, `tap`.
+//! One mechanism a file, in the order of the set-up: `subnet`, `bridge`, `firewall`, `dhcp/`, `tap`; and
+//! of the host's own networks `host` (which there are) and `extra` (a guest's further card in one).
 
 mod bridge;
 mod dhcp;
+mod extra;
 mod firewall;
 pub mod host;
 mod netlink;

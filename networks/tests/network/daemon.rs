@@ -59,6 +59,10 @@ async fn serve(config: NetworkConfig, entered: Option<user_mode::Entered>) {
         };
         let answer = match words[0] {
             "attach" => network.attach(&nic(&words)).await.map(|fd| taps.push(fd)),
+            "plug" => {
+                let plugged = network.attach_extra(words[1], words[2]).await;
+                plugged.map(|fd| taps.push(fd))
+            }
             "register" => network.register(&nic(&words)),
             "detach" => network.detach(&nic(&words)),
             "reconcile" => network.reconcile(&[]),

@@ -297,3 +297,37 @@ fn no_tun_device_and_no_privilege_are_told_apart() {
         daemon.hello
     );
 }
+
+#[test]
+fn a_further_card_is_plugged_into_a_bridge_of_the_host() {
+    if !can_run() {
+        return;
+    }
+    let world = World::new();
+    // /sys shows the interfaces of the namespace in which it was mounted.
+    let before = "mount -t sysfs none /sys &&";
+    let mut daemon = world.daemon_with("pileus0", "10.87.21.0/24", before, "", "");
+    world
+        .host
+        .sh("ip link add br7 type bridge && ip link set br7 up mtu 1300");
+    let answer = daemon.ask("plug pl-x br7");
+    assert!(answer["code"].is_null(), "{answer}");
+    let link = world.host.sh("ip link show pl-x");
+    assert!(
+        link.contains("master br7") && link.contains("mtu 1300") && link.contains("UP"),
+        "{link}"
+    );
+    for (name, code) in [
+        ("nowhere", "network-not-found"),
+        // Ours is not to be chosen, and a bridge's tap is no card.
+        ("pileus0", "network-not-found"),
+        ("pl-x", "network-not-found"),
+    ] {
+        let answer = daemon.ask(&format!("plug pl-y {name}"));
+        assert_eq!(answer["code"], code, "{name}: {answer}");
+    }
+    // It goes with whoever holds it, and the host's bridge stays.
+    daemon.ask_well("close");
+    assert!(!world.host.try_sh("ip link show pl-x").0);
+    world.host.sh("ip link show br7");
+}
