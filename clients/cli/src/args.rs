@@ -7,14 +7,19 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::commands::{
-    completions, delete, exec, find, fork, get, help, images, info, launch, list, logs, purge,
-    recover, restart, run, set, shell, start, stop, template, verify_unique, version, wait_ready,
+    alias, aliases, authenticate, clone, completions, console, delete, doctor, events, exec, find,
+    fork, get, help, images, info, launch, list, logs, mount, networks, prefer, purge, recover,
+    rename, restart, restore, run, set, shell, snapshot, ssh_config, ssh_proxy, start, stop,
+    suspend, template, top, transfer, umount, unalias, verify_unique, version, wait, wait_ready,
 };
 use crate::context::Context;
+use crate::environment::Environment;
 use crate::error::Outcome;
+use crate::personality::Personality;
+use crate::{general_help, usage};
 
 #[derive(Debug, Parser)]
 #[command(
@@ -61,13 +66,33 @@ pub enum Command {
     Start(start::Args),
     Stop(stop::Args),
     Restart(restart::Args),
+    Suspend(suspend::Args),
     Delete(delete::Args),
     Recover(recover::Args),
     Purge(purge::Args),
+    Snapshot(snapshot::Args),
+    Restore(restore::Args),
+    Clone(clone::Args),
+    Rename(rename::Args),
     Exec(exec::Args),
     #[command(visible_aliases = ["sh", "connect"])]
     Shell(shell::Args),
+    #[command(visible_alias = "copy-files")]
+    Transfer(transfer::Args),
     Logs(logs::Args),
+    Console(console::Args),
+    Top(top::Args),
+    Events(events::Args),
+    Wait(wait::Args),
+    SshConfig(ssh_config::Args),
+    #[command(hide = true)]
+    SshProxy(ssh_proxy::Args),
+    Alias(alias::Args),
+    Aliases(aliases::Args),
+    Unalias(unalias::Args),
+    Prefer(prefer::Args),
+    Networks(networks::Args),
+    Doctor(doctor::Args),
     Fork(fork::Args),
     VerifyUnique(verify_unique::Args),
     Find(find::Args),
@@ -75,6 +100,11 @@ pub enum Command {
     Template(template::Args),
     Get(get::Args),
     Set(set::Args),
+    Mount(mount::Args),
+    #[command(visible_alias = "unmount")]
+    Umount(umount::Args),
+    #[command(visible_alias = "auth")]
+    Authenticate(authenticate::Args),
     WaitReady(wait_ready::Args),
     Version(version::Args),
     Completions(completions::Args),
@@ -82,6 +112,11 @@ pub enum Command {
 }
 
 impl Command {
+    /// `version`, as if it had been given.
+    pub(crate) fn version() -> Self {
+        Command::Version(version::Args::default())
+    }
+
     /// The name under which errors are shown.
     pub fn name(&self) -> &'static str {
         match self {
@@ -92,12 +127,30 @@ impl Command {
             Command::Start(_) => "start",
             Command::Stop(_) => "stop",
             Command::Restart(_) => "restart",
+            Command::Suspend(_) => "suspend",
             Command::Delete(_) => "delete",
             Command::Recover(_) => "recover",
             Command::Purge(_) => "purge",
+            Command::Snapshot(_) => "snapshot",
+            Command::Restore(_) => "restore",
+            Command::Clone(_) => "clone",
+            Command::Rename(_) => "rename",
             Command::Exec(_) => "exec",
             Command::Shell(_) => "shell",
+            Command::Transfer(_) => "transfer",
             Command::Logs(_) => "logs",
+            Command::Console(_) => "console",
+            Command::Top(_) => "top",
+            Command::Events(_) => "events",
+            Command::Wait(_) => "wait",
+            Command::SshConfig(_) => "ssh-config",
+            Command::SshProxy(_) => "ssh-proxy",
+            Command::Alias(_) => "alias",
+            Command::Aliases(_) => "aliases",
+            Command::Unalias(_) => "unalias",
+            Command::Prefer(_) => "prefer",
+            Command::Networks(_) => "networks",
+            Command::Doctor(_) => "doctor",
             Command::Fork(_) => "fork",
             Command::VerifyUnique(_) => "verify-unique",
             Command::Find(_) => "find",
@@ -105,6 +158,9 @@ impl Command {
             Command::Template(_) => "template",
             Command::Get(_) => "get",
             Command::Set(_) => "set",
+            Command::Mount(_) => "mount",
+            Command::Umount(_) => "umount",
+            Command::Authenticate(_) => "authenticate",
             Command::WaitReady(_) => "wait-ready",
             Command::Version(_) => "version",
             Command::Completions(_) => "completions",
@@ -121,12 +177,30 @@ impl Command {
             Command::Start(args) => start::run(context, &args).await,
             Command::Stop(args) => stop::run(context, &args).await,
             Command::Restart(args) => restart::run(context, &args).await,
+            Command::Suspend(args) => suspend::run(context, &args).await,
             Command::Delete(args) => delete::run(context, &args).await,
             Command::Recover(args) => recover::run(context, &args).await,
             Command::Purge(_) => purge::run(context).await,
+            Command::Snapshot(args) => snapshot::run(context, args).await,
+            Command::Restore(args) => restore::run(context, &args).await,
+            Command::Clone(args) => clone::run(context, &args).await,
+            Command::Rename(args) => rename::run(context, &args).await,
             Command::Exec(args) => exec::run(context, args).await,
             Command::Shell(args) => shell::run(context, args).await,
+            Command::Transfer(args) => transfer::run(context, &args).await,
             Command::Logs(args) => logs::run(context, &args).await,
+            Command::Console(args) => console::run(context, &args).await,
+            Command::Top(args) => top::run(context, &args).await,
+            Command::Events(args) => events::run(context, &args).await,
+            Command::Wait(args) => wait::run(context, &args).await,
+            Command::SshConfig(args) => ssh_config::run(context, &args).await,
+            Command::SshProxy(args) => ssh_proxy::run(context, &args).await,
+            Command::Alias(args) => alias::run(context, &args).await,
+            Command::Aliases(args) => aliases::run(context, &args),
+            Command::Unalias(args) => unalias::run(context, &args),
+            Command::Prefer(args) => prefer::run(context, &args),
+            Command::Networks(args) => networks::run(context, &args).await,
+            Command::Doctor(args) => doctor::run(context, &args).await,
             Command::Fork(args) => fork::run(context, &args).await,
             Command::VerifyUnique(args) => verify_unique::run(context, &args).await,
             Command::Find(args) => find::run(context, &args).await,
@@ -134,6 +208,9 @@ impl Command {
             Command::Template(args) => template::run(context, args).await,
             Command::Get(args) => get::run(context, &args).await,
             Command::Set(args) => set::run(context, &args).await,
+            Command::Mount(args) => mount::run(&args),
+            Command::Umount(args) => umount::run(&args),
+            Command::Authenticate(args) => authenticate::run(context, args).await,
             Command::WaitReady(args) => wait_ready::run(context, &args).await,
             Command::Version(args) => version::run(context, &args).await,
             Command::Completions(args) => completions::run(context, &args),
@@ -147,38 +224,124 @@ pub fn command() -> clap::Command {
     Cli::command()
 }
 
-/// Parses a command line; what can't be parsed is shown, and an exit code is returned.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, ExitCode> {
-    let args: Vec<OsString> = args.into_iter().collect();
-    Cli::try_parse_from(&args).map_err(|err| {
-        // A reader that closed the pipe has seen enough.
-        let _ = err.print();
-        match err.kind() {
-            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
-            _ if is_run(&args) => ExitCode::from(run::FAILED),
-            _ => ExitCode::from(1),
-        }
+/// The grammar under a name. Under `multipass` help shows nothing that Multipass does not have.
+pub fn grammar(personality: Personality) -> clap::Command {
+    let root = command();
+    if !personality.multipass() {
+        return root;
+    }
+    let shown = |arg: clap::Arg| {
+        let ours = arg.get_long().is_some_and(general_help::is_own_option);
+        let hidden = ours || arg.is_hide_set();
+        arg.hide(hidden)
+    };
+    root.name("multipass")
+        .bin_name("multipass")
+        .about(general_help::ABOUT)
+        .after_help("")
+        .mut_args(shown)
+        .mut_subcommands(|command| {
+            let Some(summary) = general_help::summary(command.get_name()) else {
+                return command.hide(true);
+            };
+            let command = command.about(summary).after_help("").mut_args(shown);
+            if command.get_name() == "exec" {
+                // Options of the inner command need the `--`.
+                return command.mut_arg("command", |arg| arg.trailing_var_arg(false));
+            }
+            command
+        })
+}
+
+/// Whether a word is a command under this name, or a synonym of one.
+pub fn is_command(personality: Personality, word: &str) -> bool {
+    let root = command();
+    let mut commands = root.get_subcommands();
+    let found =
+        commands.find(|c| c.get_name() == word || c.get_all_aliases().any(|alias| alias == word));
+    found.is_some_and(|command| {
+        !personality.multipass() || general_help::summary(command.get_name()).is_some()
     })
 }
 
-/// Whether a line that can't be parsed is one of `pileus run`, whose exit codes belong to the command.
-fn is_run(args: &[OsString]) -> bool {
-    let matches = Cli::command()
-        .ignore_errors(true)
-        .try_get_matches_from(args);
-    matches.is_ok_and(|matches| matches.subcommand_name() == Some("run"))
+/// Where the command stands in a line: the first word that is no option nor an option's value.
+fn command_at(args: &[OsString]) -> Option<usize> {
+    let mut at = 1;
+    loop {
+        match args.get(at)?.to_string_lossy().as_ref() {
+            "--socket" | "--storage" => at += 2,
+            option if option.starts_with('-') => at += 1,
+            _ => return Some(at),
+        }
+    }
 }
 
-/// `pileus` alone shows the help but is no success; `pileus --version` is `pileus version` without
-/// asking the daemon.
-pub fn no_command(version: bool) -> ExitCode {
+/// Parses a command line; what can't be parsed is shown, and an exit code is returned.
+pub fn parse(args: impl IntoIterator<Item = OsString>, env: &Environment) -> Result<Cli, ExitCode> {
+    let personality = env.personality;
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    if let Some(at) = command_at(&args) {
+        let word = args[at].to_string_lossy().into_owned();
+        if !is_command(personality, &word) {
+            match crate::aliases::rewrite(&args, at, env) {
+                Some(rewritten) => args = rewritten,
+                None if personality.multipass() => {
+                    show(&usage::unknown_command(&word));
+                    return Err(ExitCode::from(1));
+                }
+                // The parser suggests near misses.
+                None => {}
+            }
+        }
+    }
+    let matches = grammar(personality).try_get_matches_from(&args);
+    let parsed = matches.and_then(|matches| Cli::from_arg_matches(&matches));
+    parsed.map_err(|err| ExitCode::from(explain(&err, &args, personality)))
+}
+
+/// Shows why a line can't be parsed, or the help that it asks for; returns the exit code.
+fn explain(err: &clap::Error, args: &[OsString], personality: Personality) -> u8 {
+    let at = command_at(args);
+    let help = matches!(
+        err.kind(),
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+    );
+    match (help, personality) {
+        (true, Personality::Multipass) if at.is_none() => show(&general_help::text()),
+        (false, Personality::Multipass) => {
+            let command = at.map(|at| args[at].to_string_lossy()).unwrap_or_default();
+            // Nothing is left to do when standard error is gone.
+            let _ = std::io::stderr().write_all(usage::text(err, &command).as_bytes());
+        }
+        // A reader that closed the pipe has seen enough.
+        _ => drop(err.print()),
+    }
+    match help {
+        true => 0,
+        // Its exit codes belong to the command.
+        false if at.is_some_and(|at| args[at] == "run") => run::FAILED,
+        false => 1,
+    }
+}
+
+/// Writes to standard output; a reader that closed the pipe has seen enough.
+fn show(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Without a command the help is shown, but that is no success; `pileus --version` is `pileus version`
+/// without asking the daemon.
+pub fn no_command(version: bool, personality: Personality) -> ExitCode {
     if version {
-        let text = format!("pileus {}\n", env!("CARGO_PKG_VERSION"));
-        // A reader that is gone needs no version.
-        let _ = std::io::stdout().write_all(text.as_bytes());
+        let (program, version) = (personality.program(), personality.version());
+        show(&format!("{program} {version}\n"));
         return ExitCode::SUCCESS;
     }
-    let _ = Cli::command().print_help();
+    if personality.multipass() {
+        show(&general_help::text());
+    } else {
+        let _ = Cli::command().print_help();
+    }
     ExitCode::from(2)
 }
 
@@ -215,7 +378,7 @@ mod tests {
         let Some(Command::Delete(args)) = parsed("pileus delete a b --purge -vv") else {
             panic!("delete");
         };
-        assert_eq!((args.names.names.len(), args.purge), (2, true));
+        assert_eq!((args.targets.len(), args.purge), (2, true));
     }
 
     #[test]
@@ -258,9 +421,13 @@ mod tests {
             assert_eq!(args.env, ["A=1", "B"], "{line}");
             assert!(args.tty && !args.no_tty, "{line}");
         }
-        let is_run = |line: &str| is_run(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
-        assert!(is_run("pileus --socket /x run --nope"));
-        assert!(!is_run("pileus launch run --nope"));
+        let command = |line: &str| {
+            let args: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            command_at(&args).map(|at| args[at].clone())
+        };
+        assert_eq!(command("pileus --socket /x run --nope").unwrap(), "run");
+        assert_eq!(command("pileus -vv launch run --nope").unwrap(), "launch");
+        assert_eq!(command("pileus -vv"), None);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::environment::Environment;
 use crate::error::{CommandError, Outcome};
 use crate::place::Place;
 use crate::progress::Progress;
+use crate::render::{FormatOption, View};
 use crate::{daemon, terminal};
 
 pub(crate) struct Context {
@@ -38,6 +39,15 @@ impl Context {
 
     pub fn progress(&self) -> Progress {
         Progress::new(self.env.terminals.stderr, self.verbose > 0)
+    }
+
+    /// How answers are to be written.
+    pub fn view(&self, format: FormatOption) -> View {
+        View {
+            format: format.format,
+            multipass: self.multipass(),
+            zone: jiff::tz::TimeZone::system(),
+        }
     }
 
     /// Writes data to standard output.

@@ -6,12 +6,15 @@
 //! DETAIL …
 //! hint: …
 //! ```
+//!
+//! Under the name `multipass` there are no codes and no hints.
 
 use std::io;
 
 use pileus_api::{Code, Operation, Phase};
 use pileus_base::Error;
 
+use crate::personality::Personality;
 use crate::{hints, terminal};
 
 /// What a command returns: the exit code of a success, or an error.
@@ -159,8 +162,16 @@ impl CommandError {
 
     /// What is shown on standard error for a command of this name.
     pub fn text(&self, command: &str) -> String {
+        self.text_as(command, Personality::Pileus)
+    }
+
+    /// The same under another name of the program.
+    pub fn text_as(&self, command: &str, personality: Personality) -> String {
         if self.kind == Kind::ClosedPipe {
             return String::new();
+        }
+        if personality.multipass() {
+            return self.multipass_text(command);
         }
         let mut lines = Vec::new();
         lines.push(match self.kind {
@@ -175,19 +186,45 @@ impl CommandError {
         }
         lines.extend(self.error.details.iter().cloned());
         lines.extend(self.all_hints().iter().map(|hint| format!("hint: {hint}")));
-        // Guests and images have a say in these lines; they must not drive the terminal.
-        let mut text = terminal::harmless(&lines.join("\n")).into_owned();
-        text.push('\n');
-        text
+        shown(&lines)
+    }
+
+    fn multipass_text(&self, command: &str) -> String {
+        let mut message = self.error.message.clone();
+        let mut details = self.error.details.clone();
+        if matches!(
+            self.error.code,
+            Code::DaemonUnreachable | Code::PermissionDenied
+        ) {
+            // Only the first, which is in our words: what follows may be a path.
+            message = message.replacen("pileus", "multipass", 1);
+            for detail in &mut details {
+                *detail = detail.replacen("ensure pileusd", "ensure multipassd", 1);
+            }
+        }
+        let first = match self.kind {
+            Kind::Usage | Kind::TimedOut => message,
+            _ => format!("{command} failed: {message}"),
+        };
+        let lines: Vec<String> = std::iter::once(first).chain(details).collect();
+        shown(&lines)
     }
 
     /// Shows the error and returns the exit code.
-    pub fn show(&self, command: &str) -> u8 {
+    pub fn show(&self, command: &str, personality: Personality) -> u8 {
         use std::io::Write;
+        let text = self.text_as(command, personality);
         // Nothing is left to do when standard error is gone as well.
-        let _ = io::stderr().write_all(self.text(command).as_bytes());
+        let _ = io::stderr().write_all(text.as_bytes());
         self.exit_code()
     }
+}
+
+/// Guests and images have a say in these lines; they must not drive the terminal.
+fn shown(lines: &[String]) -> String {
+    let mut text = terminal::harmless(&lines.join("\n")).into_owned();
+    text.push('\n');
+    text
 }
 
 impl From<Error> for CommandError {
@@ -238,6 +275,30 @@ mod tests {
         assert_eq!(
             text,
             "launch failed: No sign of life\npanic\nhint: Look at the log.\n"
+        );
+    }
+
+    #[test]
+    fn under_the_other_name_there_are_no_hints_and_no_codes() {
+        let mut err = CommandError::from(
+            Error::new(Code::BootTimeout, "No sign of life")
+                .detail("the console's tail")
+                .advise("pileus logs shows more."),
+        );
+        err.operation = Some(Some(Phase::Booting));
+        assert_eq!(
+            err.text_as("launch", Personality::Multipass),
+            "launch failed: No sign of life\nthe console's tail\n"
+        );
+        let err = Error::new(
+            Code::DaemonUnreachable,
+            "cannot connect to the pileus socket",
+        )
+        .detail("Please ensure pileusd is running and '/x/pileusd.sock' is accessible");
+        assert_eq!(
+            CommandError::from(err).text_as("list", Personality::Multipass),
+            "list failed: cannot connect to the multipass socket\n\
+             Please ensure multipassd is running and '/x/pileusd.sock' is accessible\n"
         );
     }
 

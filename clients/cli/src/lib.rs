@@ -7,7 +7,7 @@
 //! render/          answers as table, JSON, …        daemon.rs        connect, start the user's own
 //! progress.rs      spinners on stderr               session.rs       exec and shell
 //! error.rs         exit codes, how errors look      hints.rs         what to do next, by code
-//! run/             the parts of run
+//! run/             the parts of run                 transfer/, sftp/  files of guests
 //! complete.rs      live names for the shell         docs.rs          man pages, docs/cli.md
 //! ```
 //!
@@ -16,24 +16,34 @@
 
 mod aliases;
 pub mod args;
+mod client_settings;
 mod cloud_init;
 mod commands;
 mod complete;
 mod context;
 mod daemon;
 pub mod docs;
+mod doctor;
 pub mod environment;
 pub mod error;
+mod general_help;
 pub mod hints;
 pub mod personality;
 mod place;
+mod primary;
 mod progress;
+mod prompt;
+mod pump;
 pub mod render;
 mod run;
 mod session;
 mod several;
+mod sftp;
 mod signals;
+mod ssh_config;
 mod terminal;
+mod transfer;
+mod usage;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -42,16 +52,20 @@ pub use args::command;
 pub use environment::Environment;
 pub use personality::Personality;
 
+use crate::args::Command;
 use crate::context::Context;
 
 /// Runs one command line and returns the process's exit code.
 pub fn run(args: impl IntoIterator<Item = OsString>, env: Environment) -> ExitCode {
-    let cli = match args::parse(args) {
+    let cli = match args::parse(args, &env) {
         Ok(cli) => cli,
         Err(code) => return code,
     };
-    let Some(command) = cli.command else {
-        return args::no_command(cli.version);
+    let command = match cli.command {
+        Some(command) => command,
+        // The old way to ask for it.
+        None if cli.version && env.personality.multipass() => Command::version(),
+        None => return args::no_command(cli.version, env.personality),
     };
     // One thread is enough: the work is done by the daemon.
     let runtime = match tokio::runtime::Builder::new_current_thread()
@@ -65,10 +79,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>, env: Environment) -> ExitCo
         }
     };
     let name = command.name();
+    let personality = env.personality;
     let context = Context::new(&cli.global, env);
     let code = match runtime.block_on(command.run(&context)) {
         Ok(code) => code,
-        Err(err) => err.show(name),
+        Err(err) => err.show(name, personality),
     };
     // A thread may still wait for standard input; it must not hold up the end.
     runtime.shutdown_background();

@@ -34,6 +34,28 @@ pub(crate) enum Group {
     Deleted,
 }
 
+/// An instance, or one of its snapshots: `NAME` or `NAME.SNAPSHOT`. Names have no dots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub instance: String,
+    pub snapshot: Option<String>,
+}
+
+impl Target {
+    pub fn of(text: &str) -> Self {
+        match text.split_once('.') {
+            Some((instance, snapshot)) => Self {
+                instance: instance.to_owned(),
+                snapshot: Some(snapshot.to_owned()),
+            },
+            None => Self {
+                instance: text.to_owned(),
+                snapshot: None,
+            },
+        }
+    }
+}
+
 impl Names {
     /// Refuses a call with neither names nor `--all`, or with both.
     pub fn check(&self) -> Result<(), CommandError> {
@@ -72,6 +94,28 @@ pub(crate) async fn select(
 pub(crate) enum Unusable {
     Missing(String),
     Deleted(String),
+    NoSnapshot(Target),
+}
+
+impl Unusable {
+    pub fn text(&self) -> String {
+        match self {
+            Unusable::Missing(name) => format!("instance \"{name}\" does not exist"),
+            Unusable::Deleted(name) => format!("instance \"{name}\" is deleted"),
+            Unusable::NoSnapshot(target) => {
+                let snapshot = target.snapshot.as_deref().unwrap_or_default();
+                format!("No such snapshot: {}.{snapshot}", target.instance)
+            }
+        }
+    }
+
+    fn code(&self) -> Code {
+        match self {
+            Unusable::Missing(_) => Code::InstanceNotFound,
+            Unusable::Deleted(_) => Code::InstanceDeleted,
+            Unusable::NoSnapshot(_) => Code::SnapshotNotFound,
+        }
+    }
 }
 
 /// The named instances, each once, in the order of the names.
@@ -102,16 +146,14 @@ pub(crate) fn choose(
     Err(errors)
 }
 
-fn all_errors(errors: &[Unusable]) -> CommandError {
+pub(crate) fn all_errors(errors: &[Unusable]) -> CommandError {
     let mut all = Error::new(Code::InstanceNotFound, "The following errors occurred:");
     for error in errors {
-        all.details.push(match error {
-            Unusable::Missing(name) => format!("instance \"{name}\" does not exist"),
-            Unusable::Deleted(name) => {
-                all.code = Code::InstanceDeleted;
-                format!("instance \"{name}\" is deleted")
-            }
-        });
+        // The one with a hint counts.
+        if !matches!(error, Unusable::Missing(_)) {
+            all.code = error.code();
+        }
+        all.details.push(error.text());
     }
     all.into()
 }

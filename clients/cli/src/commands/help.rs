@@ -1,8 +1,8 @@
 //! `pileus help`.
 
-use crate::args;
 use crate::context::Context;
 use crate::error::{CommandError, Outcome};
+use crate::{args, general_help};
 
 /// Display help about a command
 #[derive(Debug, Clone, clap::Args)]
@@ -13,11 +13,17 @@ pub struct Args {
 }
 
 pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
-    let mut root = args::command();
+    let personality = context.env.personality;
+    if personality.multipass() && args.command.is_empty() {
+        return context.print(&general_help::text());
+    }
+    let mut root = args::grammar(personality);
     root.build();
     let mut command = &mut root;
     for name in &args.command {
-        command = command.find_subcommand_mut(name).ok_or_else(|| {
+        let found = command.find_subcommand_mut(name);
+        let found = found.filter(|found| !personality.multipass() || !found.is_hide_set());
+        command = found.ok_or_else(|| {
             CommandError::usage(format!("Error: Unknown Command: '{name}'"))
                 .hint("pileus help lists the commands.")
         })?;

@@ -1,10 +1,11 @@
 //! `pileus start`.
 
-use pileus_api::{Code, InstanceState, StartRequest};
+use pileus_api::{Code, Instance, InstanceState, StartRequest};
 use pileus_base::Error;
 
 use crate::context::Context;
 use crate::error::{CommandError, Outcome};
+use crate::primary;
 use crate::several::{self, Group, Names, Unusable};
 
 /// Start instances
@@ -19,19 +20,30 @@ pub struct Args {
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
     let timeout = several::timeout(args.timeout.as_deref())?;
-    args.names.check()?;
+    let wanted = primary::or_primary(context, &args.names)?;
     let client = context.client().await?;
     let instances = client.instances().await?;
-    let instances = if args.names.all {
+    let instances = if wanted.all {
         instances.into_iter().filter(|i| !i.deleted).collect()
     } else {
-        several::choose(instances, &args.names.names, Group::Operative)
-            .map_err(|errors| missing(&errors))?
+        match several::choose(instances, &wanted.names, Group::Operative) {
+            Ok(instances) => instances,
+            Err(errors) => match errors.as_slice() {
+                [Unusable::Missing(name)]
+                    if wanted.names.len() == 1 && primary::is(context, name)? =>
+                {
+                    primary::launch(context, name, args.timeout.clone()).await?;
+                    return Ok(0);
+                }
+                errors => return Err(missing(errors)),
+            },
+        }
     };
-    // One that runs already is started as the user wants it.
+    // One that runs already is started as the user wants it, if it is to go on running.
+    let started = |i: &Instance| i.state == InstanceState::Running && i.shutdown_at.is_none();
     let names: Vec<_> = instances
         .into_iter()
-        .filter(|instance| instance.state != InstanceState::Running)
+        .filter(|instance| !started(instance))
         .map(|instance| instance.name)
         .collect();
     let request = StartRequest { timeout };
@@ -51,6 +63,8 @@ fn missing(errors: &[Unusable]) -> CommandError {
                 "Instance '{name}' is deleted. Use 'recover' to recover it or 'purge' to \
                  permanently delete it."
             ),
+            // No snapshots are named here.
+            other @ Unusable::NoSnapshot(_) => other.text(),
         });
     }
     all.into()

@@ -10,7 +10,7 @@ use crate::error::Outcome;
 use crate::render::{self, FormatOption};
 
 /// Show version details
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, Default, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     pub format: FormatOption,
@@ -18,12 +18,10 @@ pub struct Args {
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
     let daemon = daemon_version(context).await;
-    let own = env!("CARGO_PKG_VERSION");
-    context.print(&render::version::render(
-        own,
-        daemon.as_deref(),
-        args.format.format,
-    ))
+    let personality = context.env.personality;
+    let daemon = daemon.map(|told| personality.daemon_version(told));
+    let text = render::version::render(personality, daemon.as_deref(), args.format.format);
+    context.print(&text)
 }
 
 async fn daemon_version(context: &Context) -> Option<String> {

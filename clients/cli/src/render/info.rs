@@ -1,32 +1,80 @@
 //! `pileus info`: the fields that users of Multipass know, and then what only pileus tells.
 
-use pileus_api::{CloudInitStatus, GuestReport, Instance, Origin, Phase, PhaseTime, Size};
+use pileus_api::{
+    Autostart, CloudInitStatus, GuestReport, Instance, InstanceName, OnCrash, Origin, Pending,
+    Phase, PhaseTime, Size, Snapshot,
+};
 
 use super::node::Node;
-use super::{Format, csv_field, image_title, state};
+use super::{Format, View, csv_field, image_title, snapshots, state};
 use crate::terminal::harmless;
 
-pub fn render(instances: &[Instance], format: Format) -> String {
-    match format {
-        Format::Table if instances.is_empty() => "No instances found.\n".to_owned(),
+/// An instance's share of the answer: itself, some of its snapshots, or both.
+#[derive(Debug, Clone)]
+pub struct Shown {
+    pub name: InstanceName,
+    pub instance: Option<Instance>,
+    pub snapshots: Vec<Snapshot>,
+}
+
+impl Shown {
+    #[cfg(test)]
+    fn instances(instances: Vec<Instance>) -> Vec<Self> {
+        let shown = |instance: Instance| Self {
+            name: instance.name.clone(),
+            instance: Some(instance),
+            snapshots: Vec::new(),
+        };
+        instances.into_iter().map(shown).collect()
+    }
+
+    /// Whether there is anything of it.
+    fn is_something(&self) -> bool {
+        self.instance.is_some() || !self.snapshots.is_empty()
+    }
+}
+
+/// `nothing` is what people read if there is nothing.
+pub fn render(shown: &[Shown], nothing: &str, view: &View) -> String {
+    let shown: Vec<&Shown> = shown.iter().filter(|one| one.is_something()).collect();
+    match view.format {
+        Format::Table if shown.is_empty() => format!("{nothing}\n"),
         Format::Table => {
-            let all: Vec<String> = instances.iter().map(as_table).collect();
-            harmless(&all.join("\n")).into_owned()
+            let blocks = shown.iter().flat_map(|one| {
+                let instance = one.instance.iter().map(|i| as_table(i, view));
+                let snapshots = one.snapshots.iter();
+                instance.chain(snapshots.map(|s| snapshots::as_table(s, view)))
+            });
+            harmless(&blocks.collect::<Vec<_>>().join("\n")).into_owned()
         }
-        Format::Json => Node::map([
-            ("errors", Node::List(vec![])),
-            (
-                "info",
-                Node::map(instances.iter().map(|i| (i.name.as_str(), as_json(i)))),
-            ),
-        ])
-        .to_json(),
-        Format::Csv => as_csv(instances),
+        Format::Json => {
+            let all = shown.iter().map(|one| {
+                let mut entries = one.instance.as_ref().map_or(vec![], |i| as_json(i, view));
+                if !one.snapshots.is_empty() {
+                    let node = snapshots::as_json(&one.snapshots, view);
+                    entries.push(("snapshots", node));
+                }
+                (one.name.as_str(), Node::map(entries))
+            });
+            Node::map([("errors", Node::List(vec![])), ("info", Node::map(all))]).to_json()
+        }
+        Format::Csv if shown.iter().any(|one| one.instance.is_some()) => {
+            as_csv(shown.iter().filter_map(|one| one.instance.as_ref()))
+        }
+        Format::Csv if nothing.contains("snapshots") || !shown.is_empty() => {
+            snapshots::as_csv(shown.iter().flat_map(|one| &one.snapshots), view)
+        }
+        Format::Csv => as_csv([].into_iter()),
         Format::Yaml => {
             let errors = ("errors", Node::List(vec![Node::Null]));
-            let all = instances
-                .iter()
-                .map(|i| (i.name.as_str(), Node::List(vec![as_yaml(i)])));
+            let all = shown.iter().map(|one| {
+                let mut entries = one.instance.as_ref().map_or(vec![], |i| as_yaml(i, view));
+                if !one.snapshots.is_empty() {
+                    let node = snapshots::as_yaml(&one.snapshots, view);
+                    entries.push(("snapshots", node));
+                }
+                (one.name.as_str(), Node::List(vec![Node::map(entries)]))
+            });
             Node::map(std::iter::once(errors).chain(all)).to_yaml()
         }
     }
@@ -42,7 +90,7 @@ fn load_text(report: &GuestReport) -> String {
     load.join(" ")
 }
 
-fn as_table(instance: &Instance) -> String {
+fn as_table(instance: &Instance, view: &View) -> String {
     let mut out = String::new();
     let mut line = |label: &str, value: &str| {
         let value = if value.is_empty() { "--" } else { value };
@@ -53,7 +101,7 @@ fn as_table(instance: &Instance) -> String {
     let addresses: Vec<String> = instance.ipv4.iter().map(ToString::to_string).collect();
     line("Name", instance.name.as_str());
     line("State", state(instance));
-    line("Snapshots", "0");
+    line("Snapshots", &instance.snapshots.to_string());
     line("IPv4", &addresses.join(&format!("\n{:16}", "")));
     line("Release", &told(|r| r.os.clone()));
     line(
@@ -72,6 +120,33 @@ fn as_table(instance: &Instance) -> String {
         &told(|r| usage(r.memory.used, r.memory.total)),
     );
     line("Mounts", "");
+    if !view.multipass {
+        own_lines(instance, &mut line);
+    }
+    out
+}
+
+/// What only pileus tells.
+fn own_lines(instance: &Instance, line: &mut impl FnMut(&str, &str)) {
+    if let Some(pending) = &instance.pending {
+        line("At next boot", &pending_text(pending));
+    }
+    if let Some(suspended) = &instance.suspended {
+        let size = Size(suspended.bytes);
+        line(
+            "Suspended",
+            &format!("at {} ({size} on disk)", suspended.at),
+        );
+    }
+    if let Some(time) = &instance.shutdown_at {
+        line("Shuts down", &format!("at {time}"));
+    }
+    if instance.autostart != Autostart::default() {
+        line("Autostart", autostart_word(instance.autostart));
+    }
+    if instance.on_crash != OnCrash::default() {
+        line("On crash", on_crash_word(instance.on_crash));
+    }
     line("Origin", &origin_text(&instance.origin));
     if let Some(time) = &instance.lease_expires_at {
         line("Lease", &format!("until {time}"));
@@ -92,7 +167,31 @@ fn as_table(instance: &Instance) -> String {
             &phases_text(&instance.phases),
         );
     }
-    out
+}
+
+fn pending_text(pending: &Pending) -> String {
+    let cpus = pending.cpus.map(|cpus| format!("{cpus} CPU(s)"));
+    let memory = pending.memory.map(|memory| format!("{memory} of memory"));
+    [cpus, memory]
+        .into_iter()
+        .flatten()
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+fn autostart_word(autostart: Autostart) -> &'static str {
+    match autostart {
+        Autostart::Last => "last",
+        Autostart::Always => "always",
+        Autostart::Never => "never",
+    }
+}
+
+fn on_crash_word(on_crash: OnCrash) -> &'static str {
+    match on_crash {
+        OnCrash::Stop => "stop",
+        OnCrash::Restart => "restart",
+    }
 }
 
 /// Where the first run came from.
@@ -104,6 +203,12 @@ fn origin_text(origin: &Origin) -> String {
         } => format!("cold: {reason}"),
         Origin::Warm { template } => format!("warm {template}"),
         Origin::Fork { of } => format!("fork of {of}"),
+        Origin::Clone { of, snapshot: None } => format!("clone of {of}"),
+        Origin::Clone {
+            of,
+            snapshot: Some(snapshot),
+        } => format!("clone of {of}.{snapshot}"),
+        Origin::Import => "imported".to_owned(),
     }
 }
 
@@ -121,6 +226,15 @@ fn origin_node(origin: &Origin) -> Node {
             ("kind", Node::text("fork")),
             ("of", Node::text(of.as_str())),
         ]),
+        Origin::Clone { of, snapshot } => Node::map([
+            ("kind", Node::text("clone")),
+            ("of", Node::text(of.as_str())),
+            (
+                "snapshot",
+                Node::or_null(snapshot.as_ref().map(|snapshot| snapshot.as_str())),
+            ),
+        ]),
+        Origin::Import => Node::map([("kind", Node::text("import"))]),
     }
 }
 
@@ -162,7 +276,7 @@ fn phases_text(phases: &[PhaseTime]) -> String {
     text
 }
 
-fn as_json(instance: &Instance) -> Node {
+fn as_json(instance: &Instance, view: &View) -> Vec<(&'static str, Node)> {
     let report = report(instance);
     let told = |tell: fn(&GuestReport) -> String| Node::text(report.map_or(String::new(), tell));
     let disk = report.map_or(vec![], |r| {
@@ -184,15 +298,17 @@ fn as_json(instance: &Instance) -> Node {
         ("image_release", Node::text(&instance.image.release)),
         ("release", told(|r| r.os.clone())),
         ("cpu_count", told(|r| r.cpus.to_string())),
-        ("snapshot_count", Node::text("0")),
+        ("snapshot_count", Node::text(instance.snapshots.to_string())),
         ("load", Node::List(load)),
         ("disks", Node::map([("sda1", Node::map(disk))])),
         ("memory", Node::map(memory)),
         ("ipv4", Node::texts(&instance.ipv4)),
         ("mounts", Node::map::<&str>([])),
     ];
-    entries.extend(own_fields(instance));
-    Node::map(entries)
+    if !view.multipass {
+        entries.extend(own_fields(instance));
+    }
+    entries
 }
 
 /// What pileus tells beyond the known fields; they come last.
@@ -214,7 +330,28 @@ fn own_fields(instance: &Instance) -> Vec<(&'static str, Node)> {
             "lease_expires",
             Node::or_null(instance.lease_expires_at.map(|time| time.to_string())),
         ),
+        ("autostart", Node::text(autostart_word(instance.autostart))),
+        ("on_crash", Node::text(on_crash_word(instance.on_crash))),
+        (
+            "shutdown_at",
+            Node::or_null(instance.shutdown_at.map(|time| time.to_string())),
+        ),
     ];
+    if let Some(suspended) = &instance.suspended {
+        let entries = [
+            ("at", Node::text(suspended.at.to_string())),
+            ("bytes", Node::Int(suspended.bytes)),
+            ("machine_type", Node::text(&suspended.machine_type)),
+        ];
+        fields.push(("suspended", Node::map(entries)));
+    }
+    if let Some(pending) = &instance.pending {
+        let cpus = pending.cpus.map(|n| ("cpus", Node::Int(n.into())));
+        let memory = pending
+            .memory
+            .map(|n| ("memory_size", Node::Int(n.bytes())));
+        fields.push(("pending", Node::map(cpus.into_iter().chain(memory))));
+    }
     let phases = instance.phases.iter();
     let phases = phases.map(|p| (p.phase.as_str(), Node::Int(p.milliseconds)));
     fields.push(("phases", Node::map(phases)));
@@ -237,12 +374,12 @@ fn own_fields(instance: &Instance) -> Vec<(&'static str, Node)> {
     fields
 }
 
-fn as_yaml(instance: &Instance) -> Node {
+fn as_yaml(instance: &Instance, view: &View) -> Vec<(&'static str, Node)> {
     let report = report(instance);
     let told = |tell: fn(&GuestReport) -> String| Node::or_null(report.map(tell));
     let mut entries = vec![
         ("state", Node::text(state(instance))),
-        ("snapshot_count", Node::Int(0)),
+        ("snapshot_count", Node::Int(instance.snapshots.into())),
         ("image_hash", Node::text(instance.image.digest.hex())),
         ("image_release", Node::text(&instance.image.release)),
         ("release", told(|r| r.os.clone())),
@@ -264,11 +401,13 @@ fn as_yaml(instance: &Instance) -> Node {
     entries.push(("memory", memory));
     entries.push(("ipv4", Node::texts(&instance.ipv4)));
     entries.push(("mounts", Node::Null));
-    entries.extend(own_fields(instance));
-    Node::map(entries)
+    if !view.multipass {
+        entries.extend(own_fields(instance));
+    }
+    entries
 }
 
-fn as_csv(instances: &[Instance]) -> String {
+fn as_csv<'a>(instances: impl Iterator<Item = &'a Instance>) -> String {
     let mut out = "Name,State,Ipv4,Ipv6,Release,Image hash,Image release,Load,Disk usage,\
                    Disk total,Memory usage,Memory total,Mounts,AllIPv4,CPU(s),Snapshots\n"
         .to_owned();
@@ -292,7 +431,7 @@ fn as_csv(instances: &[Instance]) -> String {
             String::new(),
             addresses.join(";"),
             told(|r| r.cpus.to_string()),
-            "0".to_owned(),
+            instance.snapshots.to_string(),
         ];
         let fields: Vec<String> = fields.iter().map(|field| csv_field(field)).collect();
         out.push_str(&fields.join(","));
@@ -306,18 +445,88 @@ mod tests {
     use super::*;
     use crate::render::samples;
 
+    fn show(instances: Vec<Instance>, format: Format) -> String {
+        let view = View::sample(format, false);
+        render(&Shown::instances(instances), "No instances found.", &view)
+    }
+
     #[test]
     fn all_formats() {
-        let instances = samples::instances();
-        insta::assert_snapshot!("info_table", render(&instances, Format::Table));
-        insta::assert_snapshot!("info_json", render(&instances, Format::Json));
-        insta::assert_snapshot!("info_csv", render(&instances, Format::Csv));
-        insta::assert_snapshot!("info_yaml", render(&instances, Format::Yaml));
+        let show = |format| show(samples::instances(), format);
+        insta::assert_snapshot!("info_table", show(Format::Table));
+        insta::assert_snapshot!("info_json", show(Format::Json));
+        insta::assert_snapshot!("info_csv", show(Format::Csv));
+        insta::assert_snapshot!("info_yaml", show(Format::Yaml));
+    }
+
+    #[test]
+    fn all_formats_as_multipass() {
+        let shown = Shown::instances(samples::instances());
+        let show = |format| render(&shown, "No instances found.", &View::sample(format, true));
+        insta::assert_snapshot!("multipass_info_table", show(Format::Table));
+        insta::assert_snapshot!("multipass_info_json", show(Format::Json));
+        insta::assert_snapshot!("info_csv", show(Format::Csv));
+        insta::assert_snapshot!("multipass_info_yaml", show(Format::Yaml));
+    }
+
+    fn with_snapshots(instance: bool) -> Vec<Shown> {
+        let mut shown = Shown::instances(samples::instances());
+        shown.truncate(2);
+        for one in &mut shown {
+            let snapshots = samples::snapshots().into_iter();
+            one.snapshots = snapshots.filter(|s| s.instance == one.name).collect();
+            one.instance.take_if(|_| !instance);
+        }
+        shown
+    }
+
+    #[test]
+    fn snapshots_in_all_formats() {
+        for (multipass, name) in [(false, ""), (true, "multipass_")] {
+            let show = |format| {
+                let view = View::sample(format, multipass);
+                render(&with_snapshots(false), "No snapshots found.", &view)
+            };
+            insta::assert_snapshot!(format!("{name}info_snapshots_table"), show(Format::Table));
+            insta::assert_snapshot!(format!("{name}info_snapshots_json"), show(Format::Json));
+            insta::assert_snapshot!(format!("{name}info_snapshots_csv"), show(Format::Csv));
+            insta::assert_snapshot!(format!("{name}info_snapshots_yaml"), show(Format::Yaml));
+        }
+    }
+
+    #[test]
+    fn an_instance_and_its_snapshots_share_one_object() {
+        let view = View::sample(Format::Json, true);
+        let json = render(&with_snapshots(true), "", &view);
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["info"]["foo"]["state"], "Running");
+        assert_eq!(
+            json["info"]["foo"]["snapshots"]["second"]["parent"],
+            "snapshot1"
+        );
+        assert_eq!(json["info"]["foo"]["snapshot_count"], "2");
+    }
+
+    /// pileus tells more than Multipass, but nothing of another type.
+    #[test]
+    fn what_both_tell_is_the_same() {
+        let json = |multipass| {
+            let view = View::sample(Format::Json, multipass);
+            let shown = Shown::instances(samples::instances());
+            let json: serde_json::Value = serde_json::from_str(&render(&shown, "", &view)).unwrap();
+            json["info"].clone()
+        };
+        let (own, theirs) = (json(false), json(true));
+        for (name, fields) in theirs.as_object().unwrap() {
+            for (field, value) in fields.as_object().unwrap() {
+                assert_eq!(&own[name][field], value, "{name} {field}");
+            }
+        }
     }
 
     #[test]
     fn json_and_yaml_are_what_readers_expect() {
-        let json = render(&samples::instances(), Format::Json);
+        let json = show(samples::instances(), Format::Json);
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         let running = &json["info"]["foo"];
         assert_eq!(running["cpu_count"], "2");
@@ -334,15 +543,20 @@ mod tests {
     #[test]
     fn a_guest_can_not_drive_the_terminal() {
         let mut instances = samples::instances();
-        if let Some(report) = &mut instances[0].report {
-            report.os = "evil\x1b]0;x\x07\x1b[2J".to_owned();
+        for instance in &mut instances {
+            if let Some(report) = &mut instance.report {
+                report.os = "evil\x1b]0;x\x07\x1b[2J".to_owned();
+            }
         }
-        assert!(!render(&instances, Format::Table).contains('\x1b'));
+        assert!(!show(instances, Format::Table).contains('\x1b'));
     }
 
     #[test]
     fn nothing_to_show() {
-        assert_eq!(render(&[], Format::Table), "No instances found.\n");
-        assert_eq!(render(&[], Format::Yaml), "errors:\n  - ~\n");
+        assert_eq!(show(vec![], Format::Table), "No instances found.\n");
+        assert_eq!(show(vec![], Format::Yaml), "errors:\n  - ~\n");
+        let view = View::sample(Format::Csv, true);
+        let text = render(&[], "No snapshots found.", &view);
+        assert!(text.starts_with("Snapshot,Instance,CPU(s),"), "{text}");
     }
 }

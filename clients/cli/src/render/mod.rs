@@ -3,20 +3,26 @@
 //!
 //! Everything here is a pure function from API types to a string.
 
+pub mod aliases;
+pub mod doctor;
 pub mod identity;
 pub mod images;
 pub mod info;
 pub mod list;
+pub mod networks;
 pub mod node;
 #[cfg(test)]
 pub(crate) mod samples;
 pub mod settings;
+pub mod snapshots;
 pub mod table;
 pub mod templates;
+pub mod top;
 pub mod version;
 
 use clap::ValueEnum;
-use pileus_api::{Instance, InstanceState};
+use jiff::tz::TimeZone;
+use pileus_api::{Instance, InstanceState, Timestamp};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Format {
@@ -36,6 +42,37 @@ pub struct FormatOption {
     pub format: Format,
 }
 
+/// How and for whom an answer is written.
+#[derive(Debug, Clone)]
+pub struct View {
+    pub format: Format,
+    /// As Multipass writes it, and nothing that only pileus tells.
+    pub multipass: bool,
+    /// For times that are written for people.
+    pub zone: TimeZone,
+}
+
+impl View {
+    #[cfg(test)]
+    pub fn sample(format: Format, multipass: bool) -> Self {
+        let zone = TimeZone::UTC;
+        Self {
+            format,
+            multipass,
+            zone,
+        }
+    }
+
+    /// A time; under `multipass` as its C library writes it, else as programs can read it.
+    pub fn time(&self, time: Timestamp) -> String {
+        if !self.multipass {
+            return time.to_string();
+        }
+        let time = time.to_zoned(self.zone.clone());
+        time.strftime("%a %b %e %H:%M:%S %Y %Z").to_string()
+    }
+}
+
 /// The word for an instance's state.
 pub fn state(instance: &Instance) -> &'static str {
     if instance.deleted {
@@ -44,6 +81,7 @@ pub fn state(instance: &Instance) -> &'static str {
     match instance.state {
         InstanceState::Creating | InstanceState::Starting => "Starting",
         InstanceState::Stopped => "Stopped",
+        InstanceState::Running if instance.shutdown_at.is_some() => "Delayed Shutdown",
         InstanceState::Running => "Running",
         InstanceState::Restarting => "Restarting",
         InstanceState::Stopping => "Stopping",

@@ -3,7 +3,7 @@
 use pileus_api::{
     CatalogEntry, CloudInit, CloudInitStatus, Code, Digest, ErrorBody, GuestReport, Identity,
     IdentityItem, Image, Instance, InstanceImage, InstanceState, Origin, Phase, PhaseTime,
-    PruneReply, PrunedImage, Setting, Size, Template, TemplateState, Usage,
+    PruneReply, PrunedImage, Setting, Size, Snapshot, Template, TemplateState, Usage,
 };
 use pileus_base::Error;
 
@@ -22,7 +22,8 @@ fn phase(phase: Phase, milliseconds: u64) -> PhaseTime {
     }
 }
 
-/// One that runs, one that is stopped with an error, one in the trash.
+/// One that is stopped with an error, one that runs, one that will be shut down, one in the trash, a
+/// suspended one.
 pub fn instances() -> Vec<Instance> {
     let running = Instance {
         id: uuid::Uuid::from_u128(1),
@@ -119,7 +120,71 @@ pub fn instances() -> Vec<Instance> {
         },
         ..stopped.clone()
     };
-    vec![stopped, running, deleted]
+    let suspended = Instance {
+        id: uuid::Uuid::from_u128(4),
+        name: "sleepy".parse().unwrap(),
+        state: InstanceState::Suspended,
+        suspended: Some(pileus_api::Suspended {
+            at: time("2026-11-21T20:30:00Z"),
+            bytes: 315 << 20,
+            machine_type: "pc-q35-10.0".into(),
+        }),
+        pending: Some(pileus_api::Pending {
+            cpus: Some(4),
+            memory: Some(Size::gib(2)),
+        }),
+        autostart: pileus_api::Autostart::Always,
+        on_crash: pileus_api::OnCrash::Restart,
+        last_error: None,
+        ..stopped.clone()
+    };
+    let leaving = Instance {
+        id: uuid::Uuid::from_u128(5),
+        name: "leaving".parse().unwrap(),
+        shutdown_at: Some(time("2026-11-21T21:00:00Z")),
+        ipv4: vec!["10.1.2.4".parse().unwrap()],
+        lease_expires_at: None,
+        snapshots: 0,
+        ..running.clone()
+    };
+    vec![stopped, running, leaving, deleted, suspended]
+}
+
+/// Two of `foo`, the second on top of the first; one of `bar`.
+pub fn snapshots() -> Vec<Snapshot> {
+    let first = Snapshot {
+        id: uuid::Uuid::from_u128(11),
+        instance: "foo".parse().unwrap(),
+        name: "snapshot1".parse().unwrap(),
+        comment: "before, the \"upgrade\"\nsecond line".into(),
+        parent: None,
+        children: vec!["second".parse().unwrap()],
+        head: false,
+        created_at: time("2026-11-01T08:00:00Z"),
+        cpus: 2,
+        memory: Size::gib(1),
+        disk: Size::gib(5),
+        with_memory: false,
+        size: Size::mib(128),
+    };
+    let second = Snapshot {
+        id: uuid::Uuid::from_u128(12),
+        name: "second".parse().unwrap(),
+        comment: String::new(),
+        parent: Some("snapshot1".parse().unwrap()),
+        children: vec![],
+        head: true,
+        created_at: time("2026-11-21T20:00:00Z"),
+        with_memory: true,
+        ..first.clone()
+    };
+    let other = Snapshot {
+        id: uuid::Uuid::from_u128(13),
+        instance: "bar".parse().unwrap(),
+        children: vec![],
+        ..first.clone()
+    };
+    vec![other, first, second]
 }
 
 pub fn catalog() -> Vec<CatalogEntry> {
