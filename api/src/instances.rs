@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use pileus_base::{Digest, InstanceName, Phase, Size};
+use pileus_base::{Digest, InstanceName, Phase, Size, SnapshotName};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -130,6 +130,14 @@ pub enum Origin {
     Warm { template: String },
     /// It was forked from this instance.
     Fork { of: InstanceName },
+    /// It is a clone of this instance, or of a snapshot of it.
+    Clone {
+        of: InstanceName,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        snapshot: Option<SnapshotName>,
+    },
+    /// It was imported from an archive.
+    Import,
 }
 
 /// Renews a lease.

@@ -109,6 +109,15 @@ pub fn tail(path: &Path, limit: u64) -> String {
     }
 }
 
+/// Makes a file that nobody else can read, to be written and read back; it must not be there.
+pub fn create_private(path: &Path) -> Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true).create_new(true).mode(0o600);
+    options
+        .open(path)
+        .io(format_args!("Creating {}", path.display()))
+}
+
 /// Removes a folder and all in it; one that is not there is fine.
 pub fn remove_folder(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {

@@ -4,6 +4,8 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
+use crate::{Code, Error, Result, ResultExt};
+
 /// A process of this boot, as it can be found again after a restart of the daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessId {
@@ -24,6 +26,24 @@ impl ProcessId {
     /// Whether that very process still exists (a zombie counts as gone).
     pub fn is_alive(self) -> bool {
         start_time(self.pid) == Some(self.start_time)
+    }
+
+    /// What it was started with, its name first.
+    pub fn command_line(self) -> Result<Vec<String>> {
+        let bytes = fs::read(format!("/proc/{}/cmdline", self.pid)).io("Reading a command line")?;
+        if !self.is_alive() {
+            return Err(Error::new(
+                Code::Io,
+                format!("The process {} is gone", self.pid),
+            ));
+        }
+        let args = bytes.split(|byte| *byte == 0);
+        let mut args: Vec<_> = args
+            .map(|a| String::from_utf8_lossy(a).into_owned())
+            .collect();
+        // A zero ends each argument.
+        args.pop();
+        Ok(args)
     }
 }
 
@@ -46,6 +66,8 @@ mod tests {
     fn own_process_lives_and_another_start_time_does_not() {
         let me = ProcessId::of(std::process::id().cast_signed()).unwrap();
         assert!(me.is_alive());
+        let args: Vec<_> = std::env::args().collect();
+        assert_eq!(me.command_line().unwrap(), args);
         let other = ProcessId {
             start_time: me.start_time + 1,
             ..me

@@ -69,9 +69,12 @@ pub async fn run(args: &Args, layout: Layout, mode: Mode, lock: files::Lock) -> 
         None => (listener::bind(&socket, group)?, true),
     };
     let (service, resumed) = start(args, layout, mode).await?;
-    let instances = tokio::spawn({
+    let supervisor = tokio::spawn({
         let service = service.clone();
-        async move { recover::resume(&service, resumed).await }
+        async move {
+            recover::resume(&service, resumed).await;
+            service.supervise().await;
+        }
     });
     let leases = tokio::spawn({
         let service = service.clone();
@@ -93,7 +96,7 @@ pub async fn run(args: &Args, layout: Layout, mode: Mode, lock: files::Lock) -> 
     notify(&[sd_notify::NotifyState::Ready]);
     let served = serve(listener, service.clone(), stop).await;
     notify(&[sd_notify::NotifyState::Stopping]);
-    let _ = instances.await;
+    supervisor.abort();
     leases.abort();
     templates.abort();
     pool.abort();

@@ -3,12 +3,14 @@
 //! 1. operations that were under way are marked as interrupted;
 //! 2. rows `creating` (no VM ever), `purging` and those with a lease are removed with their files (and in
 //!    step 4 rows `starting` for the first time, if no VM is found);
-//! 3. what a fork left half-way is put right; folders, layers and templates that nobody knows or that
+//! 3. what a fork, a snapshot or a restore left half-way is put right; folders, layers and templates that nobody knows or that
 //!    are half made are removed;
 //! 4. every other instance gets its task; a VM that still runs is adopted, a launch or start that
-//!    was waiting for its guest goes on waiting; an instance whose VM is gone is `stopped`, and says
-//!    why if it should be running;
+//!    was waiting for its guest goes on waiting; one whose memory is saved is `suspended`, one whose VM is
+//!    gone `stopped`, and says why if it should be running;
 //! 5. DHCP and DNS know exactly the instances that run.
+//!
+//! After that `service/supervise.rs` starts what is to run again.
 //!
 //! Steps 4 and 5 happen while the API already answers; `list` shows each instance as it was known.
 
@@ -17,7 +19,8 @@ use std::sync::Arc;
 
 use pileus_api::{ErrorBody, InstanceState};
 use pileus_base::{Code, Error, Result, ResultExt, files};
-use pileus_instances::machine::Machine;
+use pileus_instances::driver::{self, QemuDriver};
+use pileus_instances::machine::{Config, Machine, SavedFile};
 
 use crate::service::Service;
 use crate::service::registry::Instance;
@@ -101,12 +104,13 @@ fn sweep_run(layout: &pileus_base::Layout, known: &HashSet<String>) -> Result<()
     Ok(())
 }
 
-/// A fork of it may have been cut off.
+/// A fork, a snapshot or a restore of it may have been cut off.
 async fn settled(
     state: &state::State,
     layout: &pileus_base::Layout,
     mut row: InstanceRow,
 ) -> Result<InstanceRow> {
+    sweep_memory(layout, &row)?;
     if layers::settle(layout, &mut row)? {
         let record = row.clone();
         state
@@ -129,7 +133,7 @@ pub fn sweep_layers(
     }
     let mut needed: HashSet<_> = rows
         .iter()
-        .flat_map(|row| row.spec.layers.clone())
+        .flat_map(|row| row.all_layers().collect::<Vec<_>>())
         .collect();
     needed.extend(templates.all().iter().map(|template| template.layer));
     layers::sweep(layout, &|layer| needed.contains(&layer))?;
@@ -212,6 +216,9 @@ async fn resume_one(service: &Service, instance: &Arc<Instance>) -> Result<bool>
         )
     })?;
     let mut config = service.machine_config(instance, image)?;
+    if is_saved(&row) {
+        return rest_saved(service, instance, config).await;
+    }
     if let Some(vm) = config.driver.adopt().await? {
         tracing::info!(instance = %row.name, "its VM was found running");
         instance.set_machine(Machine::adopt(config, vm));
@@ -225,28 +232,85 @@ async fn resume_one(service: &Service, instance: &Arc<Instance>) -> Result<bool>
     }
     let snapshot = &mut config.snapshot;
     if snapshot.state != InstanceState::Stopped {
-        if snapshot.state != InstanceState::Stopping {
-            snapshot.last_error = Some(
-                Error::new(
-                    Code::GuestStopped,
-                    format!("The VM of '{}' ended while no daemon ran", row.name),
-                )
-                .into(),
-            );
+        let cut_off = service.host_was_restarted().await?;
+        let wanted = snapshot.state != InstanceState::Stopping;
+        if wanted {
+            let what = match cut_off {
+                true => format!("'{}' ended with the host, which was restarted", row.name),
+                false => format!("The VM of '{}' ended while no daemon ran", row.name),
+            };
+            snapshot.last_error = Some(Error::new(Code::GuestStopped, what).into());
         }
+        snapshot.crashed = wanted && !cut_off;
         snapshot.state = InstanceState::Stopped;
         snapshot.process = None;
         snapshot.started_at = None;
-        let last_error = snapshot.last_error.clone();
+        let known = snapshot.clone();
         instance
             .change(|row| {
                 row.stage = Stage::Is(InstanceState::Stopped);
                 row.process = None;
                 row.started_at = None;
-                row.history.last_error = last_error;
+                row.history.last_error = known.last_error;
+                row.history.crashed = known.crashed;
+                row.history.cut_off = wanted && cut_off;
             })
             .await?;
     }
     instance.set_machine(Machine::spawn(config));
     Ok(false)
+}
+
+/// What was written of it is whole: it was being suspended, or began to go on.
+fn is_saved(row: &InstanceRow) -> bool {
+    row.spec.suspended.is_some() && row.stage != Stage::Is(InstanceState::Running)
+}
+
+/// A VM that is there has not run since its memory was written: it is not needed.
+async fn rest_saved(
+    service: &Service,
+    instance: &Arc<Instance>,
+    mut config: Config<QemuDriver>,
+) -> Result<bool> {
+    let row = instance.row();
+    let layout = &service.parts().layout;
+    wiring::kill_leftover(layout, row.id).await;
+    files::remove_folder(&layout.instance_run(row.id))?;
+    config.snapshot.state = InstanceState::Suspended;
+    config.snapshot.process = None;
+    config.snapshot.started_at = None;
+    instance
+        .change(|row| {
+            row.stage = Stage::Is(InstanceState::Suspended);
+            row.process = None;
+            row.started_at = None;
+        })
+        .await?;
+    instance.set_machine(Machine::spawn(config));
+    Ok(false)
+}
+
+/// Memory that no row names: of a suspend or a snapshot that was cut off.
+fn sweep_memory(layout: &pileus_base::Layout, row: &InstanceRow) -> Result<()> {
+    let folder = layout.instance(row.id);
+    let suspending = row.stage == Stage::Is(InstanceState::Suspending);
+    // A VM that is being suspended may write to it still: then it is removed by the one who takes it up.
+    if row.spec.suspended.is_none() && !suspending {
+        files::remove_file(&driver::saved(&folder, SavedFile::Suspended))?;
+    }
+    let kept = row.snapshots.iter().filter(|s| s.saved.is_some());
+    let kept: HashSet<_> = kept
+        .map(|s| driver::saved(&folder, SavedFile::Snapshot(s.id)))
+        .collect();
+    for entry in std::fs::read_dir(folder.join(driver::SNAPSHOTS))
+        .into_iter()
+        .flatten()
+    {
+        let path = entry.io("Looking through an instance's snapshots")?.path();
+        if !kept.contains(&path) {
+            tracing::warn!(path = %path.display(), "the memory of no snapshot is removed");
+            files::remove_file(&path)?;
+        }
+    }
+    Ok(())
 }

@@ -1,24 +1,27 @@
 //! QEMU as the driver of an instance's task: puts the hypervisor (`qemu/`), the guest channel
 //! (`guest/`) and the wiring that the daemon passes in (a tap) together into what `machine/` asks for.
 
+use std::fs::File;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use pileus_base::process::ProcessId;
-use pileus_base::{InstanceName, Reporter, Result, Size, files};
+use pileus_base::{Code, Error, InstanceName, Phase, Reporter, Result, ResultExt, Size, files};
 use tokio::sync::{broadcast, mpsc};
 use uuid::Uuid;
 
+use crate::guest::clone::IdentitySpec;
 pub use crate::guest::handle::Guest;
 use crate::guest::keys::InstanceKeys;
 use crate::guest::watch;
-use crate::machine::{Driver, Freeze, Frozen, GuestEvent, Vm, VmEvent};
+use crate::machine::{Driver, Freeze, Frozen, GuestEvent, Saved, SavedFile, Vm, VmEvent};
 use crate::qemu::{
     self, Accelerator, Boot, Confinement, Disk, Mac, MachineSpec, Memory, Nic, Paths, Port, Qemu,
-    log,
+    Stream, log,
 };
 
 /// Bytes of the console that an error shows, and lines at most.
@@ -34,6 +37,13 @@ pub struct Host {
     pub warning: Option<String>,
 }
 
+/// The guest has to write what it holds back.
+const SYNC_BOUND: Duration = Duration::from_secs(5);
+const RESUMED_BOUND: Duration = Duration::from_secs(15);
+const GROW_BOUND: Duration = Duration::from_secs(60);
+/// A clone's first boot.
+const IDENTIFY_BOUND: Duration = Duration::from_secs(120);
+
 type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// What the daemon does for an instance on the host: its place in the network, its rights.
@@ -43,6 +53,12 @@ pub trait Wiring: Send + Sync + 'static {
     /// A tap, plugged in and up.
     fn plug(&self) -> Later<'_, Result<OwnedFd>>;
     fn unplug(&self) -> Later<'_, ()>;
+    /// The instance as it is now; `None` if nobody knows any more.
+    fn setup(&self) -> Option<Setup>;
+    /// What the guest is to become after its next boot, if it stands on a copy of another one's disk.
+    fn identity(&self) -> Result<Option<IdentitySpec>>;
+    /// The guest has become that.
+    fn identified(&self) -> Later<'_, Result<()>>;
     /// The qcow2 layers of the disk above the image, the lowest first; the last one is written.
     fn layers(&self) -> Vec<PathBuf>;
     /// The user that QEMU becomes; none if it stays who we are.
@@ -70,6 +86,8 @@ pub struct Setup {
     pub address: Ipv4Addr,
     /// Its VM ends with the daemon: it is a throw-away one.
     pub ends_with_daemon: bool,
+    /// What the kernel is told that the machine's id is, if the disk may say something else.
+    pub machine_id: Option<Uuid>,
 }
 
 #[derive(Debug, Clone)]
@@ -82,10 +100,19 @@ pub struct DirectBoot {
 /// File names in an instance's folder.
 pub const DISK: &str = "disk.qcow2";
 pub const SEED: &str = "seed.iso";
+/// Devices and memory of a suspended instance.
+pub const SUSPENDED: &str = "suspended.memory";
+/// Below it lies the memory of snapshots that have it.
+pub const SNAPSHOTS: &str = "snapshots";
 
 impl Setup {
     pub fn paths(&self) -> Paths {
         Paths::of(&self.run, &self.folder)
+    }
+
+    /// Where a saved machine lies.
+    pub fn saved(&self, file: SavedFile) -> PathBuf {
+        saved(&self.folder, file)
     }
 
     fn spec(&self, host: &Host, layers: Vec<PathBuf>, firmware_boot: bool) -> MachineSpec {
@@ -93,7 +120,10 @@ impl Setup {
             Some(direct) if !firmware_boot => Boot::Kernel {
                 kernel: direct.kernel.clone(),
                 initrd: direct.initrd.clone(),
-                cmdline: direct.cmdline.clone(),
+                cmdline: match self.machine_id {
+                    Some(id) => format!("{} systemd.machine_id={}", direct.cmdline, id.simple()),
+                    None => direct.cmdline.clone(),
+                },
             },
             _ => Boot::Firmware,
         };
@@ -121,8 +151,17 @@ impl Setup {
     }
 }
 
+/// Where a saved machine of the instance with this folder lies.
+pub fn saved(folder: &Path, file: SavedFile) -> PathBuf {
+    match file {
+        SavedFile::Suspended => folder.join(SUSPENDED),
+        SavedFile::Snapshot(id) => folder.join(SNAPSHOTS).join(format!("{id}.memory")),
+    }
+}
+
 /// Drives one instance with QEMU.
 pub struct QemuDriver {
+    /// What it was at first; what never changes may be read from here.
     setup: Setup,
     wiring: Arc<dyn Wiring>,
 }
@@ -142,13 +181,64 @@ impl QemuDriver {
         self.running(vm, events).map(Some)
     }
 
-    pub(crate) fn setup(&self) -> &Setup {
-        &self.setup
+    pub(crate) fn setup(&self) -> Setup {
+        self.wiring.setup().unwrap_or_else(|| self.setup.clone())
     }
 
     /// The machine as it would be started now.
     pub(crate) fn spec(&self, host: &Host, firmware_boot: bool) -> MachineSpec {
-        self.setup.spec(host, self.wiring.layers(), firmware_boot)
+        self.setup().spec(host, self.wiring.layers(), firmware_boot)
+    }
+
+    /// The machine that can take up what was saved.
+    fn spec_of_saved(&self, host: &Host, saved: &Saved) -> Result<MachineSpec> {
+        if saved.accelerator != host.accelerator {
+            return Err(cant_resume(format!(
+                "it ran with {}, and this host now uses {}",
+                saved.accelerator.as_str(),
+                host.accelerator.as_str()
+            )));
+        }
+        let mut spec = self.spec(host, saved.firmware_boot);
+        spec.machine_type.clone_from(&saved.machine_type);
+        spec.cpus = saved.cpus;
+        spec.memory = saved.memory;
+        spec.incoming = true;
+        Ok(spec)
+    }
+
+    /// What is to be known of a machine that runs now and was written.
+    fn saved_now(
+        &self,
+        vm: &RunningVm,
+        (file, written): (SavedFile, &File),
+        stream: Stream,
+    ) -> Result<Saved> {
+        let setup = self.setup();
+        let meta = written.metadata().io("Looking at a saved machine")?;
+        let version = vm.vm.client().version();
+        let running = vm.vm.process().command_line()?;
+        let value = |option: &str| {
+            let at = running.iter().position(|arg| arg == option)?;
+            running.get(at + 1).cloned()
+        };
+        let machine = value("-machine").unwrap_or_default();
+        let accelerator = match running.iter().any(|arg| arg.starts_with("kvm")) {
+            true => Accelerator::Kvm,
+            false => Accelerator::Tcg,
+        };
+        Ok(Saved {
+            at: pileus_api::Timestamp::now(),
+            file,
+            stream,
+            bytes: std::os::unix::fs::MetadataExt::blocks(&meta) * 512,
+            machine_type: machine.split(',').next().unwrap_or_default().to_owned(),
+            qemu: format!("{}.{}.{}", version.major, version.minor, version.micro),
+            accelerator,
+            cpus: setup.cpus,
+            memory: setup.memory,
+            firmware_boot: !running.iter().any(|arg| arg == "-kernel"),
+        })
     }
 
     pub(crate) fn wiring(&self) -> &dyn Wiring {
@@ -212,6 +302,109 @@ impl Driver for QemuDriver {
         }
     }
 
+    fn name(&self) -> InstanceName {
+        self.setup().name
+    }
+
+    async fn start_empty(&self, saved: &Saved) -> Result<RunningVm> {
+        let host = self.wiring.host().await?;
+        let spec = self.spec_of_saved(&host, saved)?;
+        let started = async {
+            let tap = self.wiring.plug().await?;
+            self.launch(&host, &spec, Some(tap)).await
+        };
+        match started.await {
+            Ok(vm) => Ok(vm),
+            Err(err) => {
+                self.release().await;
+                Err(match err.code {
+                    Code::QemuFailed => refused(saved, &host, err),
+                    _ => err,
+                })
+            }
+        }
+    }
+
+    async fn load(&self, vm: &RunningVm, saved: &Saved) -> Result<()> {
+        let path = self.setup().saved(saved.file);
+        let file = File::open(&path).io(format_args!("Opening {}", path.display()))?;
+        let host = self.wiring.host().await?;
+        let loaded = vm.vm.restore_all(file, saved.stream).await;
+        loaded.map_err(|err| match err.code {
+            Code::QemuFailed => refused(saved, &host, err),
+            _ => err,
+        })
+    }
+
+    async fn save(&self, vm: &RunningVm) -> Result<Saved> {
+        let setup = self.setup();
+        let path = setup.saved(SavedFile::Suspended);
+        room_for(&setup.folder, setup.memory)?;
+        files::remove_file(&path)?;
+        let file = files::create_private(&path)?;
+        vm.vm.pause().await?;
+        let stream = vm
+            .vm
+            .save_all(file.try_clone().io("Saving a machine")?)
+            .await?;
+        let folder = setup.folder.clone();
+        let file = tokio::task::spawn_blocking(move || {
+            file.sync_all().io("Saving a machine")?;
+            files::sync_folder(&folder)?;
+            Ok::<_, Error>(file)
+        })
+        .await
+        .map_err(|err| Error::internal("Saving broke off").with_source(err))??;
+        self.saved_now(vm, (SavedFile::Suspended, &file), stream)
+    }
+
+    async fn unsave(&self, vm: &RunningVm) -> Result<()> {
+        vm.vm.cancel_save().await;
+        vm.vm.resume().await?;
+        files::remove_file(&self.setup().saved(SavedFile::Suspended))
+    }
+
+    fn forget(&self, saved: &Saved) {
+        if saved.file == SavedFile::Suspended
+            && let Err(err) = files::remove_file(&self.setup().saved(saved.file))
+        {
+            tracing::warn!(instance = %self.name(), %err, "its saved memory can't be removed");
+        }
+    }
+
+    async fn freeze(&self, vm: &RunningVm, freeze: Freeze) -> Result<Frozen> {
+        let Some((memory, file)) = freeze.memory else {
+            // Without it the guest's last seconds may be missing, as after a power cut.
+            if let Err(err) = vm.guest.sync(SYNC_BOUND).await {
+                tracing::info!(instance = %self.name(), %err, "the guest did not flush its disks");
+            }
+            let began = Instant::now();
+            vm.vm.snapshot_disk(&freeze.layer).await?;
+            return Ok(Frozen {
+                saved: None,
+                paused: began.elapsed(),
+            });
+        };
+        let written = memory.try_clone().io("Saving a machine")?;
+        let (stream, paused) = vm.vm.freeze(&freeze.layer, memory).await?;
+        Ok(Frozen {
+            saved: Some(self.saved_now(vm, (file, &written), stream)?),
+            paused,
+        })
+    }
+
+    async fn identify(&self, vm: &RunningVm, report: &Reporter) -> Result<()> {
+        let Some(mut spec) = self.wiring.identity()? else {
+            return Ok(());
+        };
+        report.phase(Phase::Identifying);
+        crate::warm::freshen(&mut spec)?;
+        for (step, milliseconds) in vm.guest.identify(&spec, IDENTIFY_BOUND).await? {
+            tracing::debug!(instance = %self.name(), step, milliseconds, "identified");
+        }
+        self.wiring.identified().await
+    }
+
     async fn release(&self) {
         self.wiring.unplug().await;
         if let Err(err) = files::remove_folder(&self.setup.run) {
@@ -273,9 +466,23 @@ impl Vm for RunningVm {
         self.vm.resume().await
     }
 
-    async fn freeze(&self, freeze: Freeze) -> Result<Frozen> {
-        let (stream, paused) = self.vm.freeze(&freeze.layer, freeze.memory).await?;
-        Ok(Frozen { stream, paused })
+    async fn reset(&self) -> Result<()> {
+        self.vm.reset().await
+    }
+
+    async fn resumed(&self) {
+        if let Err(err) = self.guest.resumed(RESUMED_BOUND).await {
+            tracing::warn!(%err, "the guest was not told that time has passed");
+        }
+    }
+
+    async fn grow_disk(&self, size: Size) -> Result<()> {
+        self.vm.resize_disk(size.bytes()).await?;
+        // Best effort: a file system that does not grow now grows at the next boot.
+        if let Err(err) = self.guest.grow(GROW_BOUND).await {
+            tracing::info!(%err, "the guest did not grow its file system");
+        }
+        Ok(())
     }
 
     async fn kill(&self) {
@@ -362,3 +569,42 @@ impl RunningVm {
         Some(format!("QEMU {exit}"))
     }
 }
+
+/// QEMU does not take what was saved: mostly because it is another one.
+fn refused(saved: &Saved, host: &Host, err: Error) -> Error {
+    let (major, minor, micro) = host.qemu.version;
+    let mut error = cant_resume(format!(
+        "it was saved by QEMU {} as {}, and QEMU {major}.{minor}.{micro} does not take it",
+        saved.qemu, saved.machine_type
+    ));
+    error.details.push(err.message.clone());
+    error.details.extend(err.details.iter().cloned());
+    error.with_source(err)
+}
+
+fn cant_resume(why: String) -> Error {
+    Error::new(Code::CantResume, format!("The saved machine can't go on: {why}")).advise(
+        "Its disk is unharmed: `pileus stop --force NAME` gives the saved memory up, and a start then boots it.",
+    )
+}
+
+/// Refuses to write memory to a disk that may not hold it.
+pub fn room_for(folder: &Path, memory: Size) -> Result<()> {
+    let free = files::free_space(folder)?;
+    let need = memory.bytes() + STATE_ROOM;
+    if free >= need {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::NoSpace,
+        format!(
+            "Up to {} of memory may have to be written to {}, and {} are free",
+            Size(need),
+            folder.display(),
+            Size(free)
+        ),
+    ))
+}
+
+/// The device state beside the memory, and some room.
+const STATE_ROOM: u64 = 16 << 20;

@@ -250,8 +250,7 @@ async fn bring_up(
         };
         let guest = vm.guest();
         // As new as can be.
-        identity.entropy = entropy()?;
-        identity.time = now();
+        freshen(&mut identity)?;
         let (plugged, identified) = tokio::join!(plug, guest.identify(&identity, IDENTIFY_BOUND));
         plugged?;
         for (step, milliseconds) in identified? {
@@ -282,7 +281,14 @@ pub async fn name(vm: &RunningVm, mut spec: NameSpec, grow_to: Option<Size>) -> 
     Ok(())
 }
 
-fn entropy() -> Result<Vec<u8>> {
+/// Fills in what must be as new as can be.
+pub(crate) fn freshen(identity: &mut IdentitySpec) -> Result<()> {
+    identity.entropy = entropy()?;
+    identity.time = now();
+    Ok(())
+}
+
+pub(crate) fn entropy() -> Result<Vec<u8>> {
     let mut entropy = vec![0; 64];
     rand::rngs::OsRng
         .try_fill_bytes(&mut entropy)
@@ -291,7 +297,7 @@ fn entropy() -> Result<Vec<u8>> {
 }
 
 /// The host's clock, seconds since 1970.
-fn now() -> f64 {
+pub(crate) fn now() -> f64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0.0, |now| now.as_secs_f64())
 }

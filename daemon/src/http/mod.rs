@@ -14,6 +14,7 @@ mod operations;
 mod port;
 mod server;
 mod settings;
+mod snapshots;
 mod templates;
 
 use axum::Router;
@@ -73,6 +74,13 @@ fn documented() -> (Router<Service>, utoipa::openapi::OpenApi) {
         .routes(routes!(networks::list))
         .routes(routes!(port::port))
         .routes(routes!(instances::purge))
+        .routes(routes!(snapshots::suspend))
+        .routes(routes!(snapshots::clone))
+        .routes(routes!(snapshots::rename))
+        .routes(routes!(snapshots::all))
+        .routes(routes!(snapshots::list, snapshots::take))
+        .routes(routes!(snapshots::get, snapshots::delete))
+        .routes(routes!(snapshots::restore))
         .routes(routes!(images::catalog))
         .routes(routes!(images::list))
         .routes(routes!(images::remove))
@@ -212,6 +220,13 @@ mod tests {
             routes::NETWORKS,
             routes::USAGE,
             routes::AUTHENTICATE,
+            routes::INSTANCE_SUSPEND,
+            routes::INSTANCE_CLONE,
+            routes::INSTANCE_RENAME,
+            routes::INSTANCE_SNAPSHOTS,
+            routes::INSTANCE_SNAPSHOT,
+            routes::INSTANCE_RESTORE,
+            routes::SNAPSHOTS,
             routes::TEMPLATES,
             routes::TEMPLATE,
             routes::TEMPLATES_PRUNE,

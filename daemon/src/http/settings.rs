@@ -9,8 +9,8 @@ use crate::service::Service;
 /// Lists all settings.
 #[utoipa::path(get, operation_id = "list_settings", path = "/v1/settings", tag = "settings",
     responses((status = 200, description = "Settings", body = Vec<Setting>)))]
-pub async fn list(State(service): State<Service>) -> Json<Vec<Setting>> {
-    Json(service.settings())
+pub async fn list(State(service): State<Service>) -> Reply<Json<Vec<Setting>>> {
+    Ok(Json(service.settings().await?))
 }
 
 #[utoipa::path(get, operation_id = "get_setting", path = "/v1/settings/{key}", tag = "settings",
@@ -19,7 +19,7 @@ pub async fn list(State(service): State<Service>) -> Json<Vec<Setting>> {
         (status = 200, description = "The setting", body = Setting),
         (status = 404, description = "No such setting", body = ErrorReply)))]
 pub async fn get(State(service): State<Service>, Path(key): Path<String>) -> Reply<Json<Setting>> {
-    Ok(Json(service.setting(&key)?))
+    Ok(Json(service.setting(&key).await?))
 }
 
 /// Changes a setting; it holds at once.

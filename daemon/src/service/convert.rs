@@ -1,6 +1,8 @@
 //! From what the daemon knows of an instance to what the API tells of it.
 
-use pileus_api::{CloudInitStatus, Instance as ApiInstance, InstanceImage, InstanceState};
+use pileus_api::{
+    CloudInitStatus, Instance as ApiInstance, InstanceImage, InstanceState, Pending, Suspended,
+};
 use pileus_base::Digest;
 
 use super::registry::Instance;
@@ -10,7 +12,7 @@ pub fn instance(instance: &Instance) -> ApiInstance {
     let row = instance.row();
     let snapshot = instance.snapshot();
     let state = snapshot.as_ref().map_or(state(&row), |s| s.state);
-    let live = state != InstanceState::Stopped;
+    let live = !matches!(state, InstanceState::Stopped | InstanceState::Suspended);
     let (ipv4, report) = match &snapshot {
         Some(snapshot) if live => (snapshot.addresses.clone(), snapshot.report.clone()),
         _ => (Vec::new(), None),
@@ -35,6 +37,16 @@ pub fn instance(instance: &Instance) -> ApiInstance {
         started_at: row.started_at,
         origin: row.spec.origin,
         lease_expires_at: row.lease,
+        shutdown_at: row.shutdown_at,
+        suspended: row.spec.suspended.map(|saved| Suspended {
+            at: saved.at,
+            bytes: saved.bytes,
+            machine_type: saved.machine_type,
+        }),
+        pending: (row.spec.pending != Pending::default()).then_some(row.spec.pending),
+        snapshots: u32::try_from(row.snapshots.len()).unwrap_or(u32::MAX),
+        autostart: row.spec.autostart,
+        on_crash: row.spec.on_crash,
         phases: row.history.phases,
         cloud_init,
         last_error: row.history.last_error,

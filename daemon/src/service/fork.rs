@@ -6,11 +6,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use pileus_api::{ForkReply, ForkRequest, InstanceState, OperationKind, Origin, PhaseTime};
-use pileus_base::{Code, Error, InstanceName, Phase, Reporter, Result, ResultExt, Size, files};
+use pileus_base::{Code, Error, InstanceName, Phase, Reporter, Result, ResultExt, files};
 use pileus_images::overlay;
+use pileus_instances::driver;
 use pileus_instances::guest::clone::CloneMode;
 use pileus_instances::guest::keys::InstanceKeys;
-use pileus_instances::machine::{BOOT_TIMEOUT, Freeze, Frozen};
+use pileus_instances::machine::{BOOT_TIMEOUT, Freeze, SavedFile};
+use pileus_instances::qemu::Stream;
 use pileus_instances::warm::{self, SavedWhole};
 
 use super::admission::Start;
@@ -20,8 +22,8 @@ use super::{Service, wiring};
 use crate::state::instances::InstanceRow;
 
 const MOST: u32 = 100;
-/// The device state beside the memory, and some room.
-const STATE_ROOM: u64 = 16 << 20;
+/// What the user gave to cloud-init, in the instance's folder.
+pub(super) const USER_DATA: &str = "user-data";
 
 impl Service {
     pub async fn fork(&self, name: &str, request: ForkRequest) -> Result<ForkReply> {
@@ -43,7 +45,7 @@ impl Service {
         let names = names(&row.name, &request, &self.taken_names())?;
         let mut clones = Vec::new();
         for name in &names {
-            let spec = row.spec.clone();
+            let spec = row.spec.for_another();
             match self.reserve_row(Some(name.clone()), spec, None).await {
                 Ok(clone) => clones.push(clone),
                 Err(err) => {
@@ -85,8 +87,14 @@ impl Service {
         clones: &[Arc<Instance>],
         report: &Reporter,
     ) -> Result<()> {
-        let frozen = self.freeze(source, report).await;
-        let (memory, frozen) = match frozen {
+        let frozen = async {
+            let turn = source.turn(report).await?;
+            let frozen = self.freeze(source, report).await?;
+            drop(turn);
+            Ok(frozen)
+        };
+        let frozen = frozen.await;
+        let (memory, stream) = match frozen {
             Ok(frozen) => frozen,
             Err(err) => {
                 for clone in clones {
@@ -101,7 +109,7 @@ impl Service {
             let wanted = report.check().is_ok();
             let forked = match wanted {
                 true => {
-                    self.fork_one(source, clone, &memory.0, frozen, report)
+                    self.fork_one(source, clone, &memory.0, stream, report)
                         .await
                 }
                 false => Err(Error::new(Code::Cancelled, "The operation was cancelled")),
@@ -119,40 +127,26 @@ impl Service {
         &self,
         source: &Arc<Instance>,
         report: &Reporter,
-    ) -> Result<(MemoryFile, Frozen)> {
+    ) -> Result<(MemoryFile, Stream)> {
         let row = source.row();
         let folder = self.parts.layout.instance(row.id);
-        let free = files::free_space(&folder)?;
-        let need = row.spec.memory.bytes() + STATE_ROOM;
-        if free < need {
-            return Err(Error::new(
-                Code::NoSpace,
-                format!(
-                    "A fork writes up to {} of memory to {}, and {} are free",
-                    Size(need),
-                    folder.display(),
-                    Size(free)
-                ),
-            ));
-        }
+        driver::room_for(&folder, row.spec.memory)?;
         let (_, disk) = self.freeze_disk(source).await?;
         let memory = MemoryFile(folder.join("fork.memory"));
         files::remove_file(&memory.0)?;
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&memory.0)
-            .io(format_args!("Creating {}", memory.0.display()))?;
-        files::set_mode(&memory.0, 0o600)?;
+        let file = files::create_private(&memory.0)?;
         report.phase(Phase::Saving);
         let freeze = Freeze {
             layer: disk,
-            memory: file,
+            // Not a snapshot's; the name is not used.
+            memory: Some((file, SavedFile::Suspended)),
         };
         let frozen = source.machine_soon().await?.freeze(freeze).await?;
         report.took(Phase::Forking, frozen.paused);
-        Ok((memory, frozen))
+        let saved = frozen
+            .saved
+            .ok_or_else(|| Error::internal("A fork has no memory"))?;
+        Ok((memory, saved.stream))
     }
 
     async fn fork_one(
@@ -160,7 +154,7 @@ impl Service {
         source: &Arc<Instance>,
         clone: &Arc<Instance>,
         memory: &std::path::Path,
-        frozen: Frozen,
+        stream: Stream,
         report: &Reporter,
     ) -> Result<()> {
         let from = source.row();
@@ -181,11 +175,11 @@ impl Service {
                 };
             })
             .await?;
-        self.write_fork_files(&from, &row).await?;
+        self.write_copy(&from, &row).await?;
         let keys = InstanceKeys::load(&self.parts.layout.instance(row.id))?;
         let saved = SavedWhole {
             memory: File::open(memory).io("Opening a fork's memory")?,
-            stream: frozen.stream,
+            stream,
             nic: from.mac,
             identity: self.identity_of(&row, keys, CloneMode::Full),
         };
@@ -198,13 +192,13 @@ impl Service {
             .await
     }
 
-    /// A disk on the source's layers, keys and a seed of its own.
-    async fn write_fork_files(&self, from: &InstanceRow, row: &InstanceRow) -> Result<()> {
+    /// A disk on the layers that the row names, keys and a seed of its own, and the source's user data.
+    pub(super) async fn write_copy(&self, from: &InstanceRow, row: &InstanceRow) -> Result<()> {
         let folder = self.parts.layout.instance(row.id);
         let disk = wiring::disk(&self.parts.layout, row);
         let top = row.spec.layers.last().map(|l| self.parts.layout.layer(l.0));
         let top = top.ok_or_else(|| Error::internal("A fork has no layer below it"))?;
-        let user_data = self.parts.layout.instance(from.id).join("user-data");
+        let user_data = self.parts.layout.instance(from.id).join(USER_DATA);
         let row = row.clone();
         let write = move || {
             files::create_folder(&folder, 0o700)?;
@@ -215,8 +209,13 @@ impl Service {
                 true => Some(files::read_bounded(&user_data, 16 << 20)?),
                 false => None,
             };
-            let seed = seed_of(&row, &keys, user_data.as_deref(), None)?;
-            files::write_atomic(&folder.join(pileus_instances::driver::SEED), &seed, 0o600)
+            let timezone = row.spec.timezone.as_deref();
+            let seed = seed_of(&row, &keys, user_data.as_deref(), timezone)?;
+            files::write_atomic(&folder.join(driver::SEED), &seed, 0o600)?;
+            if let Some(user_data) = user_data {
+                files::write_atomic(&folder.join(USER_DATA), &user_data, 0o600)?;
+            }
+            files::sync_folder(&folder)
         };
         super::blocking(write).await
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pileus_api::{ExecRequest, Identity, IdentityItem};
-use pileus_base::Result;
+use pileus_base::{Code, Error, Result};
 use pileus_instances::guest::exec::{ExecSession, ExecSpec, Tty};
 use pileus_instances::guest::port::PortStream;
 
@@ -30,6 +30,17 @@ impl Service {
     /// Runs a command (or a shell) in a running instance.
     pub async fn exec(&self, name: &str, request: ExecRequest) -> Result<ExecSession> {
         let instance = self.parts.registry.get_usable(name)?;
+        let sftp = match request.subsystem.as_deref() {
+            None => false,
+            Some("sftp") if request.command.is_empty() && request.tty.is_none() => true,
+            Some(other) => {
+                return Err(Error::new(
+                    Code::InvalidArgument,
+                    format!("{other:?} is no subsystem, or it came with a command or a terminal"),
+                )
+                .advise("There is one: sftp."));
+            }
+        };
         let guest = instance.machine_soon().await?.guest()?;
         guest
             .exec(&ExecSpec {
@@ -42,6 +53,7 @@ impl Service {
                     rows: tty.rows.into(),
                     modes: Vec::new(),
                 }),
+                sftp,
             })
             .await
     }

@@ -35,7 +35,7 @@ use super::wiring::{self, HostWiring};
 use super::{Service, convert, leases};
 use crate::http::listener::Peer;
 use crate::state;
-use crate::state::instances::{History, InstanceRow, Spec, Stage, booted_cold};
+use crate::state::instances::{History, InstanceRow, Spec, Stage};
 
 /// A launch under way.
 pub(super) struct Work<'a> {
@@ -75,34 +75,30 @@ impl Service {
             Some(seconds) => Some(leases::expiry((self.parts.clock)(), seconds)?),
             None => None,
         };
+        let wanted = &order.wanted;
         let spec = Spec {
-            cpus: order.wanted.cpus,
-            memory: order.wanted.memory,
-            disk: order.disk.unwrap_or(DEFAULT_DISK),
-            image: None,
-            machine_type: None,
-            firmware_boot: false,
-            booted: false,
-            origin: booted_cold(),
-            layers: Vec::new(),
             disk_in_memory: order.request.disk_in_memory,
+            timezone: order.request.timezone.clone(),
+            ..Spec::new(
+                wanted.cpus,
+                wanted.memory,
+                order.disk.unwrap_or(DEFAULT_DISK),
+            )
         };
         self.reserve_row(order.name.clone(), spec, lease).await
     }
 
     /// Takes a name (a random one if none is wanted), an address, a MAC and a slot, all in one
-    /// transaction. What `spec` says of an earlier life is forgotten.
+    /// transaction.
     pub(super) async fn reserve_row(
         &self,
         wanted: Option<InstanceName>,
-        mut spec: Spec,
+        spec: Spec,
         lease: Option<Timestamp>,
     ) -> Result<Arc<Instance>> {
         let network = self.parts.network.clone();
         let reserved = self.parts.pool.reserved.clone();
         let created_at = (self.parts.clock)();
-        spec.booted = false;
-        spec.layers.clear();
         let row = self
             .parts
             .state
@@ -128,9 +124,11 @@ impl Service {
                     created_at,
                     started_at: None,
                     lease,
+                    shutdown_at: None,
                     spec,
                     process: None,
                     history: History::default(),
+                    snapshots: Arc::default(),
                 };
                 state::instances::insert(tx, &row)?;
                 Ok(row)
@@ -153,10 +151,12 @@ impl Service {
         let prepared = async {
             let mut work = self.fetch(order, &instance, report).await?;
             let (restored, promise) = self.restore_or_write(&mut work, &mut instance).await?;
+            // Before anyone can ask for anything else.
+            let turn = instance.turn(report).await?;
             let machine = self.own(&instance, work.image)?;
-            Ok((machine, restored, work.phases, promise))
+            Ok((machine, restored, work.phases, (promise, turn)))
         };
-        let (machine, restored, phases, _promise) = match prepared.await {
+        let (machine, restored, phases, _held) = match prepared.await {
             Ok(prepared) => prepared,
             Err(err) => {
                 self.undo(&instance).await;
@@ -367,7 +367,7 @@ impl Service {
             instance: Arc::downgrade(instance),
             nic: wiring::nic(&row),
             slot: row.slot,
-            _image: image,
+            image,
         };
         let mut snapshot = Snapshot::stopped();
         snapshot.state = convert::state(&row);
@@ -376,9 +376,10 @@ impl Service {
         snapshot.phases = row.history.phases;
         snapshot.last_error = row.history.last_error;
         snapshot.firmware_boot = row.spec.firmware_boot;
+        snapshot.crashed = row.history.crashed;
+        snapshot.suspended = row.spec.suspended;
         Ok(Config {
-            name: row.name,
-            driver: QemuDriver::new(setup, Arc::new(wiring)),
+            driver: Arc::new(QemuDriver::new(setup, Arc::new(wiring))),
             journal: Arc::new(RowJournal(Arc::downgrade(instance))),
             snapshot,
             address: row.address,

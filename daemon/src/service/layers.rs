@@ -10,12 +10,15 @@
 //!   file L, disk.qcow2                         done
 //! ```
 //!
-//! Between these steps and QEMU's own change to the new top the VM writes to L, which nobody else stands
+//! A restore puts an empty disk on other layers: it is made as `disk.restored`, the row says so
+//! (`restoring`) together with what it now stands on, and then the file is renamed.
+//!
+//! Between the steps of a freeze and QEMU's own change to the new top the VM writes to L, which nobody else stands
 //! on yet; the new disk is empty then, so the chain is right at every moment.
 
 use std::path::{Path, PathBuf};
 
-use pileus_base::{Layout, Result, ResultExt, Size, files};
+use pileus_base::{Error, Layout, Result, ResultExt, Size, files};
 use pileus_images::overlay;
 use uuid::Uuid;
 
@@ -26,6 +29,11 @@ use crate::state::instances::{InstanceRow, Layer};
 
 fn next(disk: &Path) -> PathBuf {
     disk.with_extension("next")
+}
+
+/// The disk of an instance that is being brought back to a snapshot.
+fn restored(disk: &Path) -> PathBuf {
+    disk.with_extension("restored")
 }
 
 impl Service {
@@ -48,6 +56,55 @@ impl Service {
     }
 }
 
+impl Service {
+    /// Gives a stopped instance an empty disk on other layers; `change` says what else it becomes. What
+    /// was on its disk is lost.
+    pub(super) async fn replace_disk(
+        &self,
+        instance: &Instance,
+        layers: Vec<Layer>,
+        size: Size,
+        change: impl FnOnce(&mut InstanceRow),
+    ) -> Result<()> {
+        let layout = self.parts.layout.clone();
+        let disk = wiring::disk(&layout, &instance.row());
+        let top = layers.last().map(|top| layout.layer(top.0));
+        let top = top.ok_or_else(|| Error::internal("A snapshot has no layer"))?;
+        let new = restored(&disk);
+        let made = move || {
+            files::remove_file(&new)?;
+            overlay::create_on_layer(&new, size, &top)?;
+            sync_beside(&new)
+        };
+        super::blocking(made).await?;
+        let before: Vec<_> = instance.row().spec.layers;
+        instance
+            .change(|row| {
+                row.spec.layers = layers;
+                row.spec.disk = size;
+                row.spec.restoring = true;
+                change(row);
+            })
+            .await?;
+        super::blocking(move || {
+            std::fs::rename(restored(&disk), &disk)
+                .io(format_args!("Replacing {}", disk.display()))?;
+            sync_beside(&disk)
+        })
+        .await?;
+        instance.change(|row| row.spec.restoring = false).await?;
+        self.drop_unused(&before)?;
+        Ok(())
+    }
+}
+
+fn sync_beside(file: &Path) -> Result<()> {
+    match file.parent() {
+        Some(folder) => files::sync_folder(folder),
+        None => Ok(()),
+    }
+}
+
 fn freeze(layout: &Layout, disk: &Path, layer: Layer, size: Size) -> Result<()> {
     let frozen = layout.layer(layer.0);
     let next = next(disk);
@@ -56,15 +113,15 @@ fn freeze(layout: &Layout, disk: &Path, layer: Layer, size: Size) -> Result<()> 
     std::fs::rename(disk, &frozen).io(format_args!("Freezing {}", disk.display()))?;
     files::sync_folder(&layout.layers())?;
     std::fs::rename(&next, disk).io(format_args!("Renaming {}", next.display()))?;
-    match disk.parent() {
-        Some(folder) => files::sync_folder(folder),
-        None => Ok(()),
-    }
+    sync_beside(disk)
 }
 
 /// Puts right what a crash left of a freeze. Returns whether the row has changed.
 pub(crate) fn settle(layout: &Layout, row: &mut InstanceRow) -> Result<bool> {
     let disk = wiring::disk(layout, row);
+    if settle_restore(&disk, row)? {
+        return Ok(true);
+    }
     let next = next(&disk);
     let Some(top) = row.spec.layers.last().copied() else {
         return Ok(false);
@@ -80,6 +137,22 @@ pub(crate) fn settle(layout: &Layout, row: &mut InstanceRow) -> Result<bool> {
         std::fs::rename(&next, &disk).io(format_args!("Renaming {}", next.display()))?;
     }
     Ok(false)
+}
+
+/// The same for a disk that was being replaced.
+fn settle_restore(disk: &Path, row: &mut InstanceRow) -> Result<bool> {
+    let new = restored(disk);
+    if !row.spec.restoring {
+        files::remove_file(&new)?;
+        return Ok(false);
+    }
+    if new.exists() {
+        tracing::warn!(instance = %row.name, "a restore was cut off half-way: it is finished");
+        std::fs::rename(&new, disk).io(format_args!("Replacing {}", disk.display()))?;
+        sync_beside(disk)?;
+    }
+    row.spec.restoring = false;
+    Ok(true)
 }
 
 /// Removes the files that no row and no template knows: what a crash left.
@@ -152,6 +225,24 @@ mod tests {
             assert_eq!(std::fs::read_to_string(data).unwrap(), "the guest's data");
             assert!(disk.exists() && !next(&disk).exists(), "{steps}");
             // A second time nothing is left to do.
+            assert!(!settle(&layout, &mut row).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_restore_that_was_cut_off_is_undone_or_finished() {
+        for committed in [false, true] {
+            let (_dir, layout, mut row, _) = cut_off(3);
+            let disk = wiring::disk(&layout, &row);
+            let layer = Layer(Uuid::new_v4());
+            std::fs::write(restored(&disk), "nothing yet").unwrap();
+            std::fs::write(layout.layer(layer.0), "").unwrap();
+            row.spec.restoring = committed;
+            assert_eq!(settle(&layout, &mut row).unwrap(), committed);
+            assert!(!restored(&disk).exists());
+            assert!(!row.spec.restoring);
+            let data = std::fs::read(&disk).unwrap();
+            assert_eq!(data == b"nothing yet", committed);
             assert!(!settle(&layout, &mut row).unwrap());
         }
     }

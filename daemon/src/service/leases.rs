@@ -138,6 +138,7 @@ impl Service {
             .parts
             .operations
             .begin(OperationKind::Delete, name, |report| async move {
+                let _turn = instance.turn_by_force(&report).await?;
                 service.end(&instance, &report).await
             })
             .await;

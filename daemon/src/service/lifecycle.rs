@@ -1,13 +1,14 @@
-//! Start, stop, restart, delete, recover, purge.
+//! Start, stop, restart, suspend, delete, recover, purge. Each takes the instance's turn, and then asks its
+//! task.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use pileus_api::{
-    Event, Instance as ApiInstance, InstanceState, Operation, OperationKind, StartRequest,
+    Event, Instance as ApiInstance, InstanceState, Operation, OperationKind, Pending, StartRequest,
     StopRequest,
 };
-use pileus_base::{Phase, Reporter, Result, files};
+use pileus_base::{Code, Error, Phase, Reporter, Result, files};
 use pileus_instances::machine::{BOOT_TIMEOUT, SHUTDOWN_TIMEOUT};
 
 use super::admission::Start;
@@ -22,44 +23,140 @@ pub(super) fn bound(seconds: Option<u64>, default: Duration) -> Duration {
 }
 
 impl Service {
+    /// Boots a stopped instance, goes on with a suspended one; takes back a shutdown with a delay.
     pub async fn start(&self, name: &str, request: &StartRequest) -> Result<Operation> {
         let instance = self.parts.registry.get_usable(name)?;
-        let machine = instance.machine_soon().await?.clone();
+        instance.machine_soon().await?;
         let timeout = bound(request.timeout, BOOT_TIMEOUT);
-        let (service, memory) = (self.clone(), instance.row().spec.memory);
+        let service = self.clone();
         self.parts
             .operations
             .begin(OperationKind::Start, name, |report| async move {
-                let _promise = match machine.snapshot().state {
-                    InstanceState::Stopped => Some(service.admit(memory, Start::Cold).await?),
-                    _ => None,
-                };
-                machine.start(timeout, Vec::new(), report).await
+                let _turn = instance.usable_turn(&report).await?;
+                service.start_now(&instance, timeout, &report).await
             })
             .await
     }
 
+    /// The start itself; the caller has the turn.
+    pub(super) async fn start_now(
+        &self,
+        instance: &Arc<Instance>,
+        timeout: Duration,
+        report: &Reporter,
+    ) -> Result<()> {
+        let machine = instance.machine()?.clone();
+        let at_rest = machine.snapshot().state;
+        let promise = match at_rest {
+            InstanceState::Stopped => {
+                self.apply_pending(instance).await?;
+                Some(self.admit(instance.row().spec.memory, Start::Cold).await?)
+            }
+            InstanceState::Suspended => {
+                Some(self.admit(instance.row().spec.memory, Start::Cold).await?)
+            }
+            _ => None,
+        };
+        instance
+            .change(|row| {
+                row.shutdown_at = None;
+                row.history.cut_off = false;
+            })
+            .await?;
+        let started = machine.start(timeout, Vec::new(), report.clone()).await;
+        drop(promise);
+        started
+    }
+
+    /// What was set while it ran holds from now on.
+    async fn apply_pending(&self, instance: &Instance) -> Result<()> {
+        instance
+            .change(|row| {
+                let pending = std::mem::take(&mut row.spec.pending);
+                row.spec.cpus = pending.cpus.unwrap_or(row.spec.cpus);
+                row.spec.memory = pending.memory.unwrap_or(row.spec.memory);
+            })
+            .await
+            .map(drop)
+    }
+
+    /// Shuts an instance down, now or later, or cuts its power.
     pub async fn stop(&self, name: &str, request: &StopRequest) -> Result<Operation> {
         let instance = self.parts.registry.get_usable(name)?;
-        let machine = instance.machine_soon().await?.clone();
+        instance.machine_soon().await?;
+        let delay = super::supervise::delay(request)?;
         let timeout = bound(request.timeout, SHUTDOWN_TIMEOUT);
-        let force = request.force;
+        let (service, request) = (self.clone(), request.clone());
         self.parts
             .operations
             .begin(OperationKind::Stop, name, |report| async move {
-                machine.stop(force, timeout, report).await
+                if request.cancel {
+                    return service.cancel_shutdown(&instance).await;
+                }
+                if let Some(delay) = delay {
+                    return service.shut_down_later(&instance, delay).await;
+                }
+                let _turn = match request.force {
+                    true => instance.turn_by_force(&report).await?,
+                    false => instance.usable_turn(&report).await?,
+                };
+                instance
+                    .machine()?
+                    .stop(request.force, timeout, report)
+                    .await?;
+                instance
+                    .change(|row| {
+                        row.shutdown_at = None;
+                        row.history.cut_off = false;
+                    })
+                    .await
+                    .map(drop)
             })
             .await
     }
 
+    /// Reboots a running instance; if something waits for its next boot, its VM starts anew.
     pub async fn restart(&self, name: &str, request: &StartRequest) -> Result<Operation> {
         let instance = self.parts.registry.get_usable(name)?;
-        let machine = instance.machine_soon().await?.clone();
+        instance.machine_soon().await?;
         let timeout = bound(request.timeout, BOOT_TIMEOUT);
+        let service = self.clone();
         self.parts
             .operations
             .begin(OperationKind::Restart, name, |report| async move {
+                let _turn = instance.usable_turn(&report).await?;
+                let machine = instance.machine()?.clone();
+                let waits = instance.row().spec.pending != Pending::default();
+                if waits && machine.snapshot().state == InstanceState::Running {
+                    machine
+                        .stop(false, SHUTDOWN_TIMEOUT, report.clone())
+                        .await?;
+                    return service.start_now(&instance, timeout, &report).await;
+                }
                 machine.restart(timeout, report).await
+            })
+            .await
+    }
+
+    /// Writes an instance's memory to disk and ends its VM.
+    pub async fn suspend(&self, name: &str) -> Result<Operation> {
+        let instance = self.parts.registry.get_usable(name)?;
+        instance.machine_soon().await?;
+        if instance.row().lease.is_some() {
+            return Err(Error::new(
+                Code::WrongState,
+                format!("Instance '{name}' can't be suspended: it is a throw-away one"),
+            ));
+        }
+        self.parts
+            .operations
+            .begin(OperationKind::Suspend, name, |report| async move {
+                let _turn = instance.usable_turn(&report).await?;
+                instance.machine()?.suspend(report).await?;
+                instance
+                    .change(|row| row.shutdown_at = None)
+                    .await
+                    .map(drop)
             })
             .await
     }
@@ -77,16 +174,25 @@ impl Service {
             .operations
             .begin(OperationKind::Delete, name, |report| async move {
                 if purge {
+                    let _turn = instance.turn_by_force(&report).await?;
                     return service.end(&instance, &report).await;
                 }
+                let _turn = instance.turn(&report).await?;
                 if instance.row().deleted {
                     return Ok(());
                 }
+                let machine = instance.machine()?;
+                // A suspended one keeps what was saved, and can go on when it is recovered.
+                if machine.snapshot().state != InstanceState::Suspended {
+                    machine.stop(false, SHUTDOWN_TIMEOUT, report).await?;
+                }
                 instance
-                    .machine()?
-                    .stop(false, SHUTDOWN_TIMEOUT, report)
-                    .await?;
-                instance.change(|row| row.deleted = true).await.map(drop)
+                    .change(|row| {
+                        row.deleted = true;
+                        row.shutdown_at = None;
+                    })
+                    .await
+                    .map(drop)
             })
             .await
     }
@@ -103,14 +209,16 @@ impl Service {
         for instance in self.parts.registry.all() {
             let row = instance.row();
             if row.deleted {
-                self.end(&instance, &Reporter::silent()).await?;
+                let silent = Reporter::silent();
+                let _turn = instance.turn_by_force(&silent).await?;
+                self.end(&instance, &silent).await?;
                 names.push(row.name.to_string());
             }
         }
         Ok(names)
     }
 
-    /// Deletes an instance for good. The intent is committed first: a start after a crash goes on.
+    /// Deletes an instance for good; nobody else is changing it. The intent is committed first: a start after a crash goes on.
     pub(super) async fn end(&self, instance: &Arc<Instance>, report: &Reporter) -> Result<()> {
         report.phase(Phase::Deleting);
         let row = instance.change(|row| row.stage = Stage::Purging).await?;
@@ -138,7 +246,8 @@ impl Service {
             .run(move |tx| state::instances::remove(tx, row.id))
             .await?;
         self.parts.registry.remove(row.id);
-        if let Err(err) = self.drop_unused(&row.spec.layers) {
+        let layers: Vec<_> = row.all_layers().collect();
+        if let Err(err) = self.drop_unused(&layers) {
             tracing::warn!(%err, "a layer that nobody needs can't be removed");
         }
         self.parts.hub.send(Event::InstancePurged {

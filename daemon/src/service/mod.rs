@@ -5,11 +5,13 @@
 //! Next step on the way of the data: `instances/src/machine/` and `images/src/`.
 
 pub(crate) mod admission;
+mod clone;
 mod convert;
 mod fork;
 mod guest;
 mod host;
 mod images;
+mod instance_settings;
 mod launch;
 pub(crate) mod layers;
 mod leases;
@@ -22,6 +24,8 @@ pub(crate) mod pool;
 pub(crate) mod registry;
 pub(crate) mod remotes;
 pub(crate) mod settings;
+mod snapshots;
+pub(crate) mod supervise;
 pub(crate) mod templates;
 mod usage;
 mod warm;

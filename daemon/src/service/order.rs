@@ -11,14 +11,14 @@ use super::Mode;
 use crate::http::listener::Peer;
 use crate::state::demand::Shape;
 
-const MIN_MEMORY: Size = Size::mib(512);
+pub(super) const MIN_MEMORY: Size = Size::mib(512);
 const MIN_DISK: Size = Size::gib(1);
 const DEFAULT_MEMORY: Size = Size::gib(1);
 pub(super) const DEFAULT_DISK: Size = Size::gib(5);
 /// The name that every host set-up can launch.
 const DEFAULT_IMAGE: &str = "default";
 /// More than any machine has; a typing mistake is more likely.
-const MAX_CPUS: u32 = 255;
+pub(super) const MAX_CPUS: u32 = 255;
 
 /// An image and a shape, checked.
 pub(super) struct Wanted {

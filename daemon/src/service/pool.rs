@@ -59,7 +59,7 @@ pub struct Standby {
     pub template: Arc<Template>,
     /// Its row, in no table.
     pub instance: Arc<Instance>,
-    pub driver: QemuDriver,
+    pub driver: Arc<QemuDriver>,
     pub vm: RunningVm,
 }
 
@@ -265,22 +265,18 @@ impl Service {
             started_at: None,
             // Whatever its length: one that has a lease ends with the daemon.
             lease: kind.tied.then(|| leases::expiry(now, 60)).transpose()?,
+            shutdown_at: None,
             spec: Spec {
-                cpus: template.key.cpus,
-                memory: template.key.memory,
-                disk: template.key.disk,
-                image: None,
                 machine_type: Some(template.key.machine_type.clone()),
-                firmware_boot: false,
-                booted: false,
                 origin: Origin::Warm {
                     template: template.id.clone(),
                 },
                 layers: vec![template.layer],
-                disk_in_memory: false,
+                ..Spec::new(template.key.cpus, template.key.memory, template.key.disk)
             },
             process: None,
             history: History::default(),
+            snapshots: Arc::default(),
         })
     }
 
@@ -289,7 +285,7 @@ impl Service {
         instance: &Arc<Instance>,
         template: &Arc<Template>,
         image: &Arc<Image>,
-    ) -> Result<(QemuDriver, RunningVm)> {
+    ) -> Result<(Arc<QemuDriver>, RunningVm)> {
         let _promise = self
             .parts
             .admission

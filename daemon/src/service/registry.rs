@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use pileus_api::{ErrorBody, Event, InstanceState};
-use pileus_base::{Code, Error, Result};
+use pileus_base::{Code, Error, InstanceName, Phase, Reporter, Result};
 use pileus_instances::driver::QemuDriver;
 use pileus_instances::machine::{Journal, Machine, Snapshot};
 use tokio::sync::Notify;
@@ -18,6 +18,8 @@ use crate::state::{self, State};
 
 /// How long a request waits for a recovery that is under way.
 const TAKE_UP_BOUND: Duration = Duration::from_secs(20);
+/// How often somebody who can't wait interrupts what is under way.
+const INTERRUPT_EVERY: Duration = Duration::from_millis(100);
 
 /// One instance.
 pub struct Instance {
@@ -28,6 +30,8 @@ pub struct Instance {
     machine: OnceLock<Result<Machine<QemuDriver>, ErrorBody>>,
     /// Told when the machine is there.
     settled: Notify,
+    /// Held by whoever changes the instance: one after the other, in the order in which they came.
+    turn: Arc<tokio::sync::Mutex<()>>,
     state: State,
     hub: Hub,
 }
@@ -40,6 +44,7 @@ impl Instance {
             writing: tokio::sync::Mutex::new(()),
             machine: OnceLock::new(),
             settled: Notify::new(),
+            turn: Arc::default(),
             state,
             hub,
         })
@@ -74,6 +79,45 @@ impl Instance {
             let _ = tokio::time::timeout(TAKE_UP_BOUND, settled).await;
         }
         self.machine()
+    }
+
+    /// Waits for its turn to change the instance. What is asked for is decided after that.
+    pub async fn turn(&self, report: &Reporter) -> Result<Turn> {
+        if let Ok(turn) = self.turn.clone().try_lock_owned() {
+            return Ok(Turn(turn));
+        }
+        report.phase(Phase::Queued);
+        let turn = async { Ok(self.turn.clone().lock_owned().await) };
+        Ok(Turn(report.or_cancelled(turn).await?))
+    }
+
+    /// As [`Instance::turn`], for what can't be done in the trash.
+    pub async fn usable_turn(&self, report: &Reporter) -> Result<Turn> {
+        let turn = self.turn(report).await?;
+        let row = self.row();
+        match (row.stage, row.deleted) {
+            (Stage::Purging, _) => Err(not_found(row.name.as_str())),
+            (_, true) => Err(deleted(row.name.as_str())),
+            _ => Ok(turn),
+        }
+    }
+
+    /// As [`Instance::turn`], and breaks off whatever is before it.
+    pub async fn turn_by_force(&self, report: &Reporter) -> Result<Turn> {
+        let turn = async {
+            let mut lock = std::pin::pin!(self.turn.clone().lock_owned());
+            loop {
+                match tokio::time::timeout(INTERRUPT_EVERY, &mut lock).await {
+                    Ok(turn) => return Ok(turn),
+                    Err(_) => {
+                        if let Ok(machine) = self.machine() {
+                            machine.interrupt();
+                        }
+                    }
+                }
+            }
+        };
+        Ok(Turn(report.or_cancelled(turn).await?))
     }
 
     pub fn set_machine(&self, machine: Machine<QemuDriver>) {
@@ -111,7 +155,8 @@ impl Instance {
             .run(move |tx| state::instances::update(tx, &record))
             .await?;
         *self.row.write().unwrap_or_else(PoisonError::into_inner) = row.clone();
-        if (row.stage, row.deleted) != (before.stage, before.deleted) {
+        let shown = |row: &InstanceRow| (row.stage, row.deleted, row.name.clone(), row.shutdown_at);
+        if shown(&row) != shown(&before) {
             self.tell(&row);
         }
         Ok(row)
@@ -128,6 +173,9 @@ impl Instance {
         }
     }
 }
+
+/// The right to change an instance; given back when it is dropped.
+pub struct Turn(#[allow(dead_code)] tokio::sync::OwnedMutexGuard<()>);
 
 /// The journal of an instance's task: the row. Holds the instance weakly, because the instance holds
 /// the task.
@@ -150,7 +198,9 @@ impl Journal for RowJournal {
                     row.process = snapshot.process;
                     row.started_at = snapshot.started_at;
                     row.spec.firmware_boot = snapshot.firmware_boot;
+                    row.spec.suspended.clone_from(&snapshot.suspended);
                     row.spec.booted |= snapshot.process.is_some();
+                    row.history.crashed = snapshot.crashed;
                     row.history.phases.clone_from(&snapshot.phases);
                     row.history.last_error.clone_from(&snapshot.last_error);
                     // What cloud-init said is kept beyond the run that it said it in.
@@ -182,6 +232,20 @@ impl Registry {
         self.lock().insert(name, instance);
     }
 
+    /// Lets the instance be found by another name. The row has it already.
+    pub fn renamed(&self, id: Uuid, name: &InstanceName) {
+        let mut instances = self.lock();
+        let Some(before) = instances
+            .iter()
+            .find_map(|(name, instance)| (instance.id == id).then(|| name.clone()))
+        else {
+            return;
+        };
+        if let Some(instance) = instances.remove(&before) {
+            instances.insert(name.as_str().to_ascii_lowercase(), instance);
+        }
+    }
+
     pub fn remove(&self, id: Uuid) {
         self.lock().retain(|_, instance| instance.id != id);
     }
@@ -190,29 +254,22 @@ impl Registry {
         self.lock().values().cloned().collect()
     }
 
+    pub fn by_id(&self, id: Uuid) -> Option<Arc<Instance>> {
+        self.lock().values().find(|i| i.id == id).cloned()
+    }
+
     pub fn get(&self, name: &str) -> Result<Arc<Instance>> {
         let found = self.lock().get(&name.to_ascii_lowercase()).cloned();
         found
             .filter(|instance| instance.row().stage != Stage::Purging)
-            .ok_or_else(|| {
-                Error::new(
-                    Code::InstanceNotFound,
-                    format!("instance \"{name}\" does not exist"),
-                )
-            })
+            .ok_or_else(|| not_found(name))
     }
 
     /// The instance, unless it is in the trash.
     pub fn get_usable(&self, name: &str) -> Result<Arc<Instance>> {
         let instance = self.get(name)?;
         if instance.row().deleted {
-            return Err(Error::new(
-                Code::InstanceDeleted,
-                format!("instance \"{name}\" is deleted"),
-            )
-            .advise(format!(
-                "`pileus recover {name}` brings it back, `pileus purge` ends it."
-            )));
+            return Err(deleted(name));
         }
         Ok(instance)
     }
@@ -223,4 +280,21 @@ impl Registry {
             .iter()
             .any(|instance| instance.row().process.is_some())
     }
+}
+
+fn not_found(name: &str) -> Error {
+    Error::new(
+        Code::InstanceNotFound,
+        format!("instance \"{name}\" does not exist"),
+    )
+}
+
+fn deleted(name: &str) -> Error {
+    Error::new(
+        Code::InstanceDeleted,
+        format!("instance \"{name}\" is deleted"),
+    )
+    .advise(format!(
+        "`pileus recover {name}` brings it back, `pileus purge` ends it."
+    ))
 }

@@ -6,7 +6,7 @@ use std::sync::{PoisonError, RwLock};
 use pileus_api::Setting;
 use pileus_base::{Code, Error, Result, Size};
 
-use super::Service;
+use super::{Service, passphrase};
 use crate::state::{self, State};
 
 /// When templates are made and used.
@@ -44,6 +44,19 @@ impl FromStr for WarmMode {
     }
 }
 
+const MIRROR: &str = "local.image.mirror";
+/// Has a keeper of its own: only whether it is set can be read.
+const PASSPHRASE: &str = "local.passphrase";
+
+/// Yes and no in every spelling that users know.
+pub(super) fn parse_bool(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "on" | "yes" | "1" => Some(true),
+        "false" | "off" | "no" | "0" => Some(false),
+        _ => None,
+    }
+}
+
 /// What the settings say, understood.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
@@ -54,6 +67,12 @@ pub struct Settings {
     pub warm_budget: Size,
     /// Templates' memories lie on a tmpfs.
     pub warm_in_memory: bool,
+    /// What `bridged` stands for: a network of the host, or nothing.
+    pub bridged_network: String,
+    /// Whether folders of the host may be mounted.
+    pub privileged_mounts: bool,
+    /// A copy of the image host that is asked instead of it; checked by the one who uses it.
+    pub image_mirror: String,
 }
 
 impl Default for Settings {
@@ -63,6 +82,9 @@ impl Default for Settings {
             warm_pool: 1,
             warm_budget: Size::gib(16),
             warm_in_memory: false,
+            bridged_network: String::new(),
+            privileged_mounts: true,
+            image_mirror: String::new(),
         }
     }
 }
@@ -75,7 +97,45 @@ struct Key {
     set: fn(&mut Settings, &str) -> bool,
 }
 
-const KEYS: [Key; 4] = [
+const KEYS: [Key; 8] = [
+    Key {
+        name: "local.bridged-network",
+        values: "the name of a network (`pileus networks`), or nothing",
+        get: |s| s.bridged_network.clone(),
+        set: |s, value| {
+            // As the kernel names interfaces.
+            let fits = value.len() < 16 && !value.contains(|c: char| c == '/' || c.is_whitespace());
+            if fits {
+                value.clone_into(&mut s.bridged_network);
+            }
+            fits
+        },
+    },
+    Key {
+        name: "local.driver",
+        values: "qemu",
+        get: |_| "qemu".to_owned(),
+        set: |_, value| value == "qemu",
+    },
+    Key {
+        name: MIRROR,
+        values: "an https:// address, or nothing",
+        get: |s| s.image_mirror.clone(),
+        set: |s, value| {
+            value.clone_into(&mut s.image_mirror);
+            true
+        },
+    },
+    Key {
+        name: "local.privileged-mounts",
+        values: "true or false",
+        get: |s| s.privileged_mounts.to_string(),
+        set: |s, value| {
+            parse_bool(value)
+                .map(|on| s.privileged_mounts = on)
+                .is_some()
+        },
+    },
     Key {
         name: "local.warm",
         values: "auto, manual or off",
@@ -146,24 +206,44 @@ impl Keeper {
 }
 
 impl Service {
-    pub fn settings(&self) -> Vec<Setting> {
+    /// All settings by name: the daemon's own, then those of instances and snapshots.
+    pub async fn settings(&self) -> Result<Vec<Setting>> {
         let now = self.parts.settings.get();
-        KEYS.iter().map(|key| shown(key, &now)).collect()
+        let mut all: Vec<_> = KEYS.iter().map(|key| shown(key, &now)).collect();
+        all.push(self.passphrase_setting().await?);
+        all.sort_by(|a, b| a.key.cmp(&b.key));
+        all.extend(self.instance_settings());
+        Ok(all)
     }
 
-    pub fn setting(&self, name: &str) -> Result<Setting> {
-        Ok(shown(find(name)?, &self.parts.settings.get()))
+    pub async fn setting(&self, name: &str) -> Result<Setting> {
+        if name == PASSPHRASE {
+            return self.passphrase_setting().await;
+        }
+        match find(name) {
+            Some(key) => Ok(shown(key, &self.parts.settings.get())),
+            None => self.instance_setting(name),
+        }
     }
 
+    /// Changes a setting, in the database and then here.
     pub async fn set(&self, name: &str, value: &str) -> Result<Setting> {
-        let key = find(name)?;
+        if name == PASSPHRASE {
+            passphrase::set(&self.parts.state, value).await?;
+            return self.passphrase_setting().await;
+        }
+        let Some(key) = find(name) else {
+            return self.set_of_instance(name, value).await;
+        };
         let mut settings = self.parts.settings.get();
         if !(key.set)(&mut settings, value) {
-            return Err(Error::new(
-                Code::InvalidArgument,
-                format!("Invalid setting '{name}={value}': {value:?} is not possible"),
-            )
-            .advise(format!("Give {}.", key.values)));
+            return Err(
+                bad_value(name, value, &format!("{value:?} is not possible"))
+                    .advise(format!("Give {}.", key.values)),
+            );
+        }
+        if name == MIRROR {
+            self.parts.mirror.set(value)?;
         }
         // Kept in the form in which it is shown.
         let text = (key.get)(&settings);
@@ -185,16 +265,34 @@ impl Service {
         self.settings_changed();
         Ok(shown(key, &changed))
     }
+
+    async fn passphrase_setting(&self) -> Result<Setting> {
+        let set = passphrase::is_set(&self.parts.state).await?;
+        Ok(Setting {
+            key: PASSPHRASE.to_owned(),
+            value: set.to_string(),
+            values: "a passphrase, or nothing; it is never shown".to_owned(),
+        })
+    }
 }
 
-fn find(name: &str) -> Result<&'static Key> {
-    KEYS.iter().find(|key| key.name == name).ok_or_else(|| {
-        Error::new(
-            Code::SettingNotFound,
-            format!("Unrecognized settings key: '{name}'"),
-        )
-        .advise("`pileus get --keys` lists all keys.")
-    })
+fn find(name: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.name == name)
+}
+
+pub(super) fn unknown(name: &str) -> Error {
+    Error::new(
+        Code::SettingNotFound,
+        format!("Unrecognized settings key: '{name}'"),
+    )
+    .advise("`pileus get --keys` lists all keys.")
+}
+
+pub(super) fn bad_value(name: &str, value: &str, why: &str) -> Error {
+    Error::new(
+        Code::InvalidSetting,
+        format!("Invalid setting '{name}={value}': {why}"),
+    )
 }
 
 fn shown(key: &Key, settings: &Settings) -> Setting {
@@ -231,6 +329,13 @@ mod tests {
             ("local.warm-budget", "much", false),
             ("local.warm-memory", "tmpfs", true),
             ("local.warm-memory", "", false),
+            ("local.privileged-mounts", "Off", true),
+            ("local.privileged-mounts", "maybe", false),
+            ("local.bridged-network", "eth0", true),
+            ("local.bridged-network", "", true),
+            ("local.bridged-network", "a/b", false),
+            ("local.driver", "qemu", true),
+            ("local.driver", "lxd", false),
         ] {
             let key = find(name).unwrap();
             assert_eq!(
@@ -239,10 +344,7 @@ mod tests {
                 "{name}={value}"
             );
         }
-        assert_eq!(
-            find("local.cold").err().unwrap().code,
-            Code::SettingNotFound
-        );
+        assert!(find("local.cold").is_none());
     }
 
     #[tokio::test]

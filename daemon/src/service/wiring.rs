@@ -6,9 +6,12 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
 
+use pileus_api::Origin;
 use pileus_base::{Error, Layout, Mac, Result};
 use pileus_images::Image;
 use pileus_instances::driver::{DISK, DirectBoot, Host, Setup, Wiring};
+use pileus_instances::guest::clone::{CloneMode, IdentitySpec};
+use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::qemu::host::{KvmFacts, choose};
 use pileus_instances::qemu::{Accelerator, AcceleratorChoice, Confinement, Paths, Qemu, process};
 use pileus_networks::{Network, Nic};
@@ -83,6 +86,7 @@ pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Setup {
         base: image.disk(),
         direct_boot: direct_boot(image),
         ends_with_daemon: row.lease.is_some(),
+        machine_id: matches!(row.spec.origin, Origin::Clone { .. }).then_some(row.id),
         folder: layout.instance(row.id),
         run: layout.instance_run(row.id),
         mac: row.mac,
@@ -125,10 +129,11 @@ pub async fn kill_leftover(layout: &Layout, id: uuid::Uuid) {
 pub struct HostWiring {
     pub service: super::Service,
     pub instance: Weak<Instance>,
+    /// What it was when its task began.
     pub nic: Nic,
     pub slot: u32,
-    /// Keeps the image in the store while the instance's task lives.
-    pub _image: Arc<Image>,
+    /// Also kept in the store while the instance's task lives.
+    pub image: Arc<Image>,
 }
 
 type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -136,6 +141,12 @@ type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 impl HostWiring {
     fn network(&self) -> &Network {
         &self.service.parts().network
+    }
+
+    /// With the name that the instance has now.
+    fn nic(&self) -> Nic {
+        let instance = self.instance.upgrade();
+        instance.map_or_else(|| self.nic.clone(), |instance| nic(&instance.row()))
     }
 }
 
@@ -145,14 +156,42 @@ impl Wiring for HostWiring {
     }
 
     fn plug(&self) -> Later<'_, Result<OwnedFd>> {
-        Box::pin(async { self.network().attach(&self.nic).await })
+        Box::pin(async { self.network().attach(&self.nic()).await })
     }
 
     fn unplug(&self) -> Later<'_, ()> {
         Box::pin(async {
-            if let Err(err) = self.network().detach(&self.nic) {
-                tracing::warn!(instance = %self.nic.hostname, %err, "its network entry can't be removed");
+            let nic = self.nic();
+            if let Err(err) = self.network().detach(&nic) {
+                tracing::warn!(instance = %nic.hostname, %err, "its network entry can't be removed");
             }
+        })
+    }
+
+    fn setup(&self) -> Option<Setup> {
+        let row = self.instance.upgrade()?.row();
+        Some(setup(&self.service.parts().layout, &row, &self.image))
+    }
+
+    fn identity(&self) -> Result<Option<IdentitySpec>> {
+        let Some(row) = self.instance.upgrade().map(|i| i.row()) else {
+            return Ok(None);
+        };
+        if !row.spec.identify {
+            return Ok(None);
+        }
+        let keys = InstanceKeys::load(&self.service.parts().layout.instance(row.id))?;
+        let identity = self.service.identity_of(&row, keys, CloneMode::Booted);
+        Ok(Some(identity))
+    }
+
+    fn identified(&self) -> Later<'_, Result<()>> {
+        Box::pin(async {
+            let Some(instance) = self.instance.upgrade() else {
+                return Ok(());
+            };
+            let done = instance.change(|row| row.spec.identify = false);
+            done.await.map(drop)
         })
     }
 

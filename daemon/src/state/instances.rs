@@ -2,12 +2,15 @@
 //! went. A row that can't be read hurts that one instance: it is listed as broken, never dropped.
 
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 use pileus_api::{
-    CloudInit, ErrorBody, InstanceImage, InstanceState, Origin, PhaseTime, Timestamp,
+    Autostart, CloudInit, ErrorBody, InstanceImage, InstanceState, OnCrash, Origin, Pending,
+    PhaseTime, Timestamp,
 };
 use pileus_base::process::ProcessId;
-use pileus_base::{Code, Error, InstanceName, Mac, Result, Size};
+use pileus_base::{Code, Error, InstanceName, Mac, Result, Size, SnapshotName};
+use pileus_instances::machine::Saved;
 use rusqlite::{OptionalExtension, Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -40,6 +43,96 @@ pub struct Spec {
     /// Its disk lies in memory.
     #[serde(default)]
     pub disk_in_memory: bool,
+    /// The machine as it was when it was suspended.
+    #[serde(default)]
+    pub suspended: Option<Saved>,
+    /// Its disk is a copy of another one's: the next boot gives it an identity of its own.
+    #[serde(default)]
+    pub identify: bool,
+    /// `disk.restored` is about to take the disk's place.
+    #[serde(default)]
+    pub restoring: bool,
+    /// What holds from the next boot on.
+    #[serde(default)]
+    pub pending: Pending,
+    #[serde(default)]
+    pub autostart: Autostart,
+    #[serde(default)]
+    pub on_crash: OnCrash,
+    /// The guest's time zone, if the launch named one.
+    #[serde(default)]
+    pub timezone: Option<String>,
+    /// How many snapshots were ever taken; numbers the next one.
+    #[serde(default)]
+    pub snapshots_taken: u32,
+    /// How many clones were ever made; numbers the next one.
+    #[serde(default)]
+    pub clones_made: u32,
+    /// The snapshot that it stands on.
+    #[serde(default)]
+    pub head: Option<Uuid>,
+}
+
+/// An instance as it was: a record, and layers that are never written.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotRow {
+    pub id: Uuid,
+    pub name: SnapshotName,
+    #[serde(default)]
+    pub comment: String,
+    pub parent: Option<Uuid>,
+    pub created_at: Timestamp,
+    pub cpus: u32,
+    pub memory: Size,
+    pub disk: Size,
+    /// The whole chain above the image, the lowest first.
+    pub layers: Vec<Layer>,
+    #[serde(default)]
+    pub firmware_boot: bool,
+    /// Devices and memory at that moment.
+    #[serde(default)]
+    pub saved: Option<Saved>,
+}
+
+impl Spec {
+    /// What a new instance is, before its image is known.
+    pub fn new(cpus: u32, memory: Size, disk: Size) -> Self {
+        Self {
+            cpus,
+            memory,
+            disk,
+            image: None,
+            machine_type: None,
+            firmware_boot: false,
+            booted: false,
+            origin: booted_cold(),
+            layers: Vec::new(),
+            disk_in_memory: false,
+            suspended: None,
+            identify: false,
+            restoring: false,
+            pending: Pending::default(),
+            autostart: Autostart::default(),
+            on_crash: OnCrash::default(),
+            timezone: None,
+            snapshots_taken: 0,
+            clones_made: 0,
+            head: None,
+        }
+    }
+
+    /// The same hardware and settings for another instance, without this one's life.
+    pub fn for_another(&self) -> Self {
+        Self {
+            image: self.image.clone(),
+            machine_type: self.machine_type.clone(),
+            firmware_boot: self.firmware_boot,
+            autostart: self.autostart,
+            on_crash: self.on_crash,
+            timezone: self.timezone.clone(),
+            ..Self::new(self.cpus, self.memory, self.disk)
+        }
+    }
 }
 
 /// A read-only qcow2 file that instances or templates stand on: `data/layers/ID.qcow2`.
@@ -60,6 +153,12 @@ pub struct History {
     pub cloud_init: Option<CloudInit>,
     #[serde(default)]
     pub last_error: Option<ErrorBody>,
+    /// Its VM ended although nobody wanted it to.
+    #[serde(default)]
+    pub crashed: bool,
+    /// It ran when the host went down.
+    #[serde(default)]
+    pub cut_off: bool,
 }
 
 /// A life stage as the table knows it: the API's states, and the intent to purge.
@@ -102,9 +201,27 @@ pub struct InstanceRow {
     pub started_at: Option<Timestamp>,
     /// When it is deleted unless the lease is renewed.
     pub lease: Option<Timestamp>,
+    /// When it is shut down.
+    pub shutdown_at: Option<Timestamp>,
     pub spec: Spec,
     pub process: Option<ProcessId>,
     pub history: History,
+    /// In the order in which they were taken. Shared, because most readers don't want them.
+    pub snapshots: Arc<Vec<SnapshotRow>>,
+}
+
+impl InstanceRow {
+    pub fn snapshot(&self, name: &str) -> Option<&SnapshotRow> {
+        self.snapshots
+            .iter()
+            .find(|s| s.name.as_str().eq_ignore_ascii_case(name))
+    }
+
+    /// Every layer that it or one of its snapshots stands on.
+    pub fn all_layers(&self) -> impl Iterator<Item = Layer> + '_ {
+        let of_snapshots = self.snapshots.iter().flat_map(|s| &s.layers);
+        self.spec.layers.iter().chain(of_snapshots).copied()
+    }
 }
 
 /// A row that can't be understood.
@@ -116,30 +233,36 @@ pub struct BrokenRow {
 }
 
 const COLUMNS: &str = "id, name, address, mac, slot, state, deleted, created_at, started_at, spec, \
-                       process, history, lease";
+                       process, history, lease, shutdown_at, snapshots";
 
-/// Adds a new instance; its name, address, MAC and slot must be free.
-pub fn insert(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
+/// Refuses a name that another instance has, in any case of its letters.
+pub fn name_is_free(tx: &Transaction<'_>, id: Uuid, name: &InstanceName) -> Result<()> {
     let taken: Option<String> = tx
         .query_row(
-            "SELECT name FROM instances WHERE name = ?1 COLLATE NOCASE",
-            [row.name.as_str()],
+            "SELECT name FROM instances WHERE name = ?1 COLLATE NOCASE AND id <> ?2",
+            [name.as_str(), &id.to_string()],
             |found| found.get(0),
         )
         .optional()
         .map_err(|err| database("Reading", err))?;
-    if let Some(taken) = taken {
-        return Err(Error::new(
+    match taken {
+        None => Ok(()),
+        Some(taken) => Err(Error::new(
             Code::InstanceExists,
             format!("instance \"{taken}\" already exists"),
         )
         .advise(
             "Choose another name with --name, or delete that one with `pileus delete --purge`.",
-        ));
+        )),
     }
+}
+
+/// Adds a new instance; its name, address, MAC and slot must be free.
+pub fn insert(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
+    name_is_free(tx, row.id, &row.name)?;
     tx.execute(
         &format!(
-            "INSERT INTO instances ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13)"
+            "INSERT INTO instances ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15)"
         ),
         params![
             row.id.to_string(),
@@ -155,6 +278,8 @@ pub fn insert(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
             row.process.map(|p| json(&p)).transpose()?,
             json(&row.history)?,
             row.lease.map(|t| t.to_string()),
+            row.shutdown_at.map(|t| t.to_string()),
+            json(&*row.snapshots)?,
         ],
     )
     .map_err(|err| database("Writing", err))?;
@@ -165,7 +290,7 @@ pub fn insert(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
 pub fn update(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
     tx.execute(
         "UPDATE instances SET name = ?2, state = ?3, deleted = ?4, started_at = ?5, spec = ?6,
-         process = ?7, history = ?8, lease = ?9 WHERE id = ?1",
+         process = ?7, history = ?8, lease = ?9, shutdown_at = ?10, snapshots = ?11 WHERE id = ?1",
         params![
             row.id.to_string(),
             row.name.as_str(),
@@ -176,6 +301,8 @@ pub fn update(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
             row.process.map(|p| json(&p)).transpose()?,
             json(&row.history)?,
             row.lease.map(|t| t.to_string()),
+            row.shutdown_at.map(|t| t.to_string()),
+            json(&*row.snapshots)?,
         ],
     )
     .map_err(|err| database("Writing", err))?;
@@ -270,6 +397,10 @@ fn parse(row: &Row<'_>) -> Result<InstanceRow, String> {
         lease: optional(row, "lease")?
             .map(|t| read("lease", &t))
             .transpose()?,
+        shutdown_at: optional(row, "shutdown_at")?
+            .map(|t| read("shutdown_at", &t))
+            .transpose()?,
+        snapshots: Arc::new(read_json("snapshots", &text(row, "snapshots")?)?),
         spec: read_json("spec", &text(row, "spec")?)?,
         process: optional(row, "process")?
             .map(|p| read_json("process", &p))
@@ -300,20 +431,26 @@ pub(crate) mod tests {
             created_at: Timestamp::UNIX_EPOCH,
             started_at: None,
             lease: Some(Timestamp::UNIX_EPOCH),
+            shutdown_at: Some(Timestamp::UNIX_EPOCH),
             spec: Spec {
-                cpus: 1,
-                memory: Size::gib(1),
-                disk: Size::gib(5),
-                image: None,
-                machine_type: None,
-                firmware_boot: false,
-                booted: false,
-                origin: booted_cold(),
                 layers: vec![Layer(Uuid::nil())],
-                disk_in_memory: false,
+                ..Spec::new(1, Size::gib(1), Size::gib(5))
             },
             process: None,
             history: History::default(),
+            snapshots: Arc::new(vec![SnapshotRow {
+                id: Uuid::nil(),
+                name: "snapshot1".parse().unwrap(),
+                comment: "a \"comment\"".into(),
+                parent: None,
+                created_at: Timestamp::UNIX_EPOCH,
+                cpus: 1,
+                memory: Size::gib(1),
+                disk: Size::gib(5),
+                layers: vec![Layer(Uuid::nil())],
+                firmware_boot: true,
+                saved: None,
+            }]),
         }
     }
 

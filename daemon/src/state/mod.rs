@@ -17,7 +17,11 @@ use pileus_base::{Code, Error, Result};
 use rusqlite::{Connection, Transaction};
 use tokio::sync::oneshot;
 
-const MIGRATIONS: &[&str] = &[include_str!("0001.sql"), include_str!("0002.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("0001.sql"),
+    include_str!("0002.sql"),
+    include_str!("0003.sql"),
+];
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 

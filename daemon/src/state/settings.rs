@@ -10,6 +10,9 @@ pub const ACCELERATOR_WARNING: &str = "accelerator.warning";
 /// The subnet of the private network, chosen once: instances keep their addresses.
 pub const SUBNET: &str = "network.subnet";
 
+/// The host's boot in which a daemon ran last.
+pub const BOOT_ID: &str = "host.boot-id";
+
 pub fn get(tx: &Transaction<'_>, key: &str) -> Result<Option<String>> {
     tx.query_row("SELECT value FROM settings WHERE key = ?1", [key], |row| {
         row.get(0)

@@ -39,6 +39,8 @@ pub enum CloneMode {
     Warm,
     /// From a running instance: those who cached its identity are started anew.
     Full,
+    /// It has just booted from a copy of another one's disk.
+    Booted,
 }
 
 /// A clone's only network card, which the host plugs in while the agent gives the guest its identity.
@@ -122,7 +124,7 @@ impl fmt::Debug for NameSpec {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
@@ -159,6 +161,7 @@ impl IdentitySpec {
             "mode": match self.mode {
                 CloneMode::Warm => "warm",
                 CloneMode::Full => "full",
+                CloneMode::Booted => "booted",
             },
         });
         if let Some(zone) = &self.timezone {

@@ -52,7 +52,18 @@ pub struct ExecSpec {
     pub cwd: Option<String>,
     pub env: Vec<(String, String)>,
     pub tty: Option<Tty>,
+    /// The guest's SFTP server instead of a command.
+    pub sftp: bool,
 }
+
+/// Where distributions keep the SFTP server. It is run as a command: so it needs no word in the
+/// configuration of an SSH server.
+const SFTP_SERVERS: [&str; 4] = [
+    "/usr/lib/openssh/sftp-server",
+    "/usr/libexec/openssh/sftp-server",
+    "/usr/libexec/sftp-server",
+    "/usr/lib/ssh/sftp-server",
+];
 
 /// What comes from the command. The last one is `Exit`, `Signal` or `Failed`.
 #[derive(Debug)]
@@ -121,6 +132,11 @@ impl SshPool {
 impl ExecSpec {
     /// The line for the login shell; `None` is the login shell itself.
     fn line(&self, user: &str) -> Result<Option<String>> {
+        if self.sftp {
+            let programs = SFTP_SERVERS.join(" ");
+            let look = format!("for p in {programs}; do [ -x $p ] && exec $p; done; exit 127");
+            return quote::command_line(&["sh".into(), "-c".into(), look], None, user).map(Some);
+        }
         match (self.command.is_empty(), &self.cwd) {
             (true, None) => Ok(None),
             (true, Some(_)) => {

@@ -20,6 +20,7 @@ pub mod cloud_init;
 pub mod exec;
 pub mod handle;
 pub mod keys;
+mod life;
 pub mod port;
 pub mod quote;
 pub mod seed;

@@ -28,6 +28,7 @@ pub const AGENT_PY: &str = concat!(
     include_str!("agent/reports.py"),
     include_str!("agent/cloud.py"),
     include_str!("agent/ssh.py"),
+    include_str!("agent/life.py"),
     include_str!("agent/loop.py"),
 );
 /// What only templates and clones need of it; the agent loads it when it is first asked for it.
@@ -35,6 +36,7 @@ pub const CLONE_PY: &str = concat!(
     include_str!("agent/quiesce.py"),
     include_str!("agent/identify.py"),
     include_str!("agent/identity.py"),
+    include_str!("agent/life.py"),
 );
 /// cloud-init's stages for a clone, in a process of their own.
 const STAGES_PY: &str = include_str!("agent/stages.py");

@@ -177,6 +177,7 @@ async fn commands_end_as_they_would_in_a_shell() {
         cwd: Some(folder.to_str().unwrap().into()),
         env: vec![("PILEUS_X".into(), "a b".into())],
         tty: None,
+        sftp: false,
     };
     let end = finish(guest.exec(&spec).await).await;
     assert_eq!(text(&end.stdout), format!("{}\na b\n", folder.display()));

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pileus_api::{ErrorBody, InstanceState};
-use pileus_base::{Code, Error, Phase, Reporter, Result};
+use pileus_base::{Code, Error, InstanceName, Phase, Reporter, Result, Size};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -12,6 +12,11 @@ use tokio_util::sync::CancellationToken;
 use super::driver::{Driver, Freeze, Frozen, TRIM_EVERY, Vm, VmEvent};
 use super::rules::{Ask, Decision, decide, refusal};
 use super::{BOOT_TIMEOUT, Config, GuestSlot, Request, Snapshot, lock};
+
+/// How long a guest has to end its services before it is reset.
+const REBOOT_BOUND: Duration = Duration::from_secs(90);
+/// A reset needs no guest.
+const RESET_BOUND: Duration = Duration::from_secs(10);
 
 pub(super) struct Actor<D: Driver> {
     pub(super) config: Config<D>,
@@ -96,7 +101,16 @@ impl<D: Driver> Actor<D> {
     /// The daemon has started again and found the VM: go on where it was left.
     async fn after_adoption(&mut self) {
         match self.config.snapshot.state {
+            InstanceState::Suspending => {
+                if let Some(vm) = &self.vm
+                    && let Err(err) = self.config.driver.unsave(vm).await
+                {
+                    tracing::error!(instance = %self.name(), %err, "its suspend can't be undone");
+                }
+                self.set_state(InstanceState::Running).await;
+            }
             InstanceState::Starting => {
+                self.after_load().await;
                 let report = Reporter::silent();
                 let done = self.finish_boot(BOOT_TIMEOUT, &report).await;
                 let _ = self.conclude_start(done).await;
@@ -140,6 +154,22 @@ impl<D: Driver> Actor<D> {
                 let done = self.restart(timeout, &report, &token).await;
                 let _ = reply.send(done);
             }
+            Request::Suspend { report, reply } => {
+                let done = self.suspend(&report, &token).await;
+                let _ = reply.send(done);
+            }
+            Request::Restored {
+                saved,
+                firmware_boot,
+                reply,
+            } => {
+                let done = self.restored(saved.map(|s| *s), firmware_boot).await;
+                let _ = reply.send(done);
+            }
+            Request::GrowDisk { size, reply } => {
+                let done = self.grow_disk(size).await;
+                let _ = reply.send(done);
+            }
             Request::Freeze { freeze, reply } => {
                 let done = self.freeze(freeze).await;
                 let _ = reply.send(done);
@@ -150,19 +180,31 @@ impl<D: Driver> Actor<D> {
     async fn freeze(&mut self, freeze: Freeze) -> Result<Frozen> {
         self.permit(Ask::Freeze)?;
         match &self.vm {
-            Some(vm) => vm.freeze(freeze).await,
-            None => Err(refusal(
-                &self.config.name,
-                self.config.snapshot.state,
-                Ask::Freeze,
-            )),
+            Some(vm) => self.config.driver.freeze(vm, freeze).await,
+            None => Err(self.refusal(Ask::Freeze)),
         }
     }
 
-    fn permit(&self, ask: Ask) -> Result<Decision> {
+    async fn grow_disk(&mut self, size: Size) -> Result<()> {
+        self.permit(Ask::Freeze)?;
+        match &self.vm {
+            Some(vm) => vm.grow_disk(size).await,
+            None => Err(self.refusal(Ask::Freeze)),
+        }
+    }
+
+    pub(super) fn name(&self) -> InstanceName {
+        self.config.driver.name()
+    }
+
+    pub(super) fn refusal(&self, ask: Ask) -> Error {
+        refusal(&self.name(), self.config.snapshot.state, ask)
+    }
+
+    pub(super) fn permit(&self, ask: Ask) -> Result<Decision> {
         let state = self.config.snapshot.state;
         match decide(state, ask) {
-            Decision::Refuse => Err(refusal(&self.config.name, state, ask)),
+            Decision::Refuse => Err(self.refusal(ask)),
             decision => Ok(decision),
         }
     }
@@ -186,11 +228,13 @@ impl<D: Driver> Actor<D> {
             }
         }
         let restored = vm.is_some();
+        let suspended = self.config.snapshot.state == InstanceState::Suspended;
         if let Some(vm) = vm {
             self.own(vm);
         }
         self.config.snapshot.phases = before;
         self.config.snapshot.last_error = None;
+        self.config.snapshot.crashed = false;
         self.set_state(InstanceState::Starting).await;
         let report = report.clone();
         let done = match interrupt
@@ -199,6 +243,9 @@ impl<D: Driver> Actor<D> {
                     self.save().await?;
                     return self.finish_cloud_init(timeout, &report).await;
                 }
+                if suspended {
+                    return self.resume_saved(timeout, &report).await;
+                }
                 self.boot(timeout, &report).await
             })
             .await
@@ -206,7 +253,7 @@ impl<D: Driver> Actor<D> {
             Some(done) => done,
             None => Err(Error::new(
                 Code::Cancelled,
-                format!("'{}' was stopped while it started", self.config.name),
+                format!("'{}' was stopped while it started", self.name()),
             )),
         };
         self.conclude_start(done).await
@@ -223,10 +270,14 @@ impl<D: Driver> Actor<D> {
         self.own(vm);
         self.note_phase(Phase::Starting, began);
         self.save().await?;
-        self.finish_boot(timeout, report).await
+        self.finish_boot(timeout, report).await?;
+        match &self.vm {
+            Some(vm) => self.config.driver.identify(vm, report).await,
+            None => Ok(()),
+        }
     }
 
-    fn own(&mut self, vm: D::Vm) {
+    pub(super) fn own(&mut self, vm: D::Vm) {
         self.config.snapshot.process = Some(vm.process());
         self.config.snapshot.started_at = Some((self.config.clock)());
         *lock(&self.guest) = Some(vm.guest());
@@ -254,7 +305,7 @@ impl<D: Driver> Actor<D> {
                 if error.code != Code::Cancelled {
                     self.config.snapshot.last_error = Some(ErrorBody::from(&error));
                 }
-                self.set_state(InstanceState::Stopped).await;
+                self.set_state(self.at_rest()).await;
             }
         }
         Err(error)
@@ -274,6 +325,7 @@ impl<D: Driver> Actor<D> {
         report.phase(Phase::Stopping);
         if force {
             self.end_vm().await;
+            self.forget_saved().await;
             self.set_state(InstanceState::Stopped).await;
             return Ok(());
         }
@@ -305,7 +357,7 @@ impl<D: Driver> Actor<D> {
 
     /// Asks the guest to shut down and waits until the VM is gone.
     async fn shut_down(&mut self, timeout: Duration) -> Result<()> {
-        let name = self.config.name.clone();
+        let name = self.name();
         let deadline = Instant::now() + timeout;
         let Some(vm) = &mut self.vm else {
             return Ok(());
@@ -372,9 +424,10 @@ impl<D: Driver> Actor<D> {
     /// Asks for a reboot and waits for the reset; a guest that doesn't listen is reset by force.
     async fn reboot_guest(&mut self, timeout: Duration) -> Result<()> {
         let began = Instant::now();
-        let deadline = began + timeout.min(Duration::from_secs(90));
-        let name = self.config.name.clone();
-        let gone = move || {
+        let mut deadline = began + timeout.min(REBOOT_BOUND);
+        let mut forced = false;
+        let name = self.name();
+        let gone = || {
             Error::new(
                 Code::GuestStopped,
                 format!("'{name}' ended while it restarted"),
@@ -391,10 +444,15 @@ impl<D: Driver> Actor<D> {
                     VmEvent::Exited { .. } => return Err(gone()),
                     _ => {}
                 },
-                () = tokio::time::sleep_until(deadline) => return Err(Error::new(
-                    Code::ShutdownTimeout,
-                    format!("'{}' did not reboot", self.config.name),
-                )),
+                // It hangs: then it is not asked any more.
+                () = tokio::time::sleep_until(deadline) => {
+                    if forced {
+                        return Err(Error::new(Code::ShutdownTimeout, format!("'{name}' did not reboot")));
+                    }
+                    forced = true;
+                    deadline = Instant::now() + RESET_BOUND;
+                    vm.reset().await?;
+                }
             }
         }
         self.note_phase(Phase::Stopping, began);
@@ -436,11 +494,11 @@ impl<D: Driver> Actor<D> {
 
     pub(super) async fn save_or_warn(&mut self) {
         if let Err(err) = self.save().await {
-            tracing::error!(instance = %self.config.name, %err, "the state can't be saved");
+            tracing::error!(instance = %self.name(), %err, "the state can't be saved");
         }
     }
 
-    async fn save(&mut self) -> Result<()> {
+    pub(super) async fn save(&mut self) -> Result<()> {
         let saved = self.config.journal.save(&self.config.snapshot).await;
         self.publish.send_replace(self.config.snapshot.clone());
         saved

@@ -43,7 +43,7 @@ impl<D: Driver> Actor<D> {
             .await
             .map_err(|err| self.explain(err, Phase::Initializing, timeout))?;
         self.note_phase(Phase::Initializing, began);
-        judge(self.config.name.as_str(), &result, report)
+        judge(self.name().as_str(), &result, report)
     }
 
     /// Waits for the event (or the cloud-init status so far) that `wanted` is looking for.
@@ -95,7 +95,7 @@ impl<D: Driver> Actor<D> {
     }
 
     fn explain(&self, stop: Stop, phase: Phase, timeout: Duration) -> Error {
-        let name = &self.config.name;
+        let name = self.name();
         let what = match phase {
             Phase::Booting => "while it booted",
             _ => "while cloud-init ran",

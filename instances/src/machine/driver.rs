@@ -5,16 +5,21 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use pileus_api::{CloudInit, GuestReport};
+use pileus_api::{CloudInit, GuestReport, Timestamp};
 use pileus_base::process::ProcessId;
-use pileus_base::{Reporter, Result};
+use pileus_base::{InstanceName, Reporter, Result, Size};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::Snapshot;
-use crate::qemu::Stream;
+use crate::qemu::{Accelerator, Stream};
 
-/// Starts the VM of one instance, and tidies up after it.
+/// Starts the VM of one instance, saves and resumes it, and tidies up after it.
 pub trait Driver: Send + Sync + 'static {
     type Vm: Vm;
+
+    /// The instance's name now.
+    fn name(&self) -> InstanceName;
 
     /// Starts the VM. On error nothing of it is left behind.
     fn start(
@@ -22,6 +27,32 @@ pub trait Driver: Send + Sync + 'static {
         firmware_boot: bool,
         report: &Reporter,
     ) -> impl Future<Output = Result<Self::Vm>> + Send;
+
+    /// Starts a VM that can take up what was saved; nothing is loaded yet. On error nothing of it is left
+    /// behind.
+    fn start_empty(&self, saved: &Saved) -> impl Future<Output = Result<Self::Vm>> + Send;
+
+    /// Loads what was saved. The VM is halted afterwards; if it fails, it is of no use.
+    fn load(&self, vm: &Self::Vm, saved: &Saved) -> impl Future<Output = Result<()>> + Send;
+
+    /// Halts the VM and writes its devices and memory to the instance's folder. It stays halted; if this
+    /// fails, or the future is dropped, [`Driver::unsave`] lets it go on.
+    fn save(&self, vm: &Self::Vm) -> impl Future<Output = Result<Saved>> + Send;
+
+    /// Lets a VM go on that was being saved, or that a daemon that is gone had halted; what was written is
+    /// removed.
+    fn unsave(&self, vm: &Self::Vm) -> impl Future<Output = Result<()>> + Send;
+
+    /// Removes what was saved, unless a snapshot needs it.
+    fn forget(&self, saved: &Saved);
+
+    /// Puts a new layer over the disk of a VM that runs, and may write devices and memory at that moment;
+    /// the guest stands still for that moment only, and goes on in any case.
+    fn freeze(&self, vm: &Self::Vm, freeze: Freeze) -> impl Future<Output = Result<Frozen>> + Send;
+
+    /// A guest that booted from a copy of another one's disk gets an identity of its own.
+    fn identify(&self, vm: &Self::Vm, report: &Reporter)
+    -> impl Future<Output = Result<()>> + Send;
 
     /// Gives back what the VM used (tap, sockets), after it ended.
     fn release(&self) -> impl Future<Output = ()> + Send;
@@ -48,12 +79,17 @@ pub trait Vm: Send + Sync + 'static {
     /// Asks the guest to reboot, or resets it if it doesn't listen.
     fn reboot(&self) -> impl Future<Output = Result<()>> + Send;
 
-    /// Lets the processors run again after a disk error halted them.
+    /// Resets the machine, whatever the guest does.
+    fn reset(&self) -> impl Future<Output = Result<()>> + Send;
+
+    /// Lets the processors run: after a load, or after a disk error halted them.
     fn resume(&self) -> impl Future<Output = Result<()>> + Send;
 
-    /// Writes devices and memory to a file while the guest runs, and puts a new layer over its disk at
-    /// the moment that was saved; the guest stands still for that moment, and goes on in any case.
-    fn freeze(&self, freeze: Freeze) -> impl Future<Output = Result<Frozen>> + Send;
+    /// Tells the guest that time has passed while it stood still. Best effort, with a bound of its own.
+    fn resumed(&self) -> impl Future<Output = ()> + Send;
+
+    /// Grows the disk; the guest is told, and grows its file system if it can.
+    fn grow_disk(&self, size: Size) -> impl Future<Output = Result<()>> + Send;
 
     /// Ends the VM now, whatever state it is in, and waits until it is gone.
     fn kill(&self) -> impl Future<Output = ()> + Send;
@@ -62,18 +98,47 @@ pub trait Vm: Send + Sync + 'static {
     fn next(&mut self) -> impl Future<Output = VmEvent> + Send;
 }
 
-/// What a frozen machine is written to.
+/// A machine that lies in a file, and what it takes to go on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    pub at: Timestamp,
+    pub file: SavedFile,
+    pub stream: Stream,
+    /// Bytes that the file takes on the disk.
+    pub bytes: u64,
+    pub machine_type: String,
+    /// QEMU's version, for messages.
+    pub qemu: String,
+    pub accelerator: Accelerator,
+    pub cpus: u32,
+    pub memory: Size,
+    /// How the machine was booted: the ROMs differ.
+    pub firmware_boot: bool,
+}
+
+/// Where a saved machine lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SavedFile {
+    /// The instance's own: goes when the instance goes on.
+    Suspended,
+    /// A snapshot's: stays.
+    Snapshot(Uuid),
+}
+
+/// What a machine is frozen with.
 #[derive(Debug)]
 pub struct Freeze {
     /// An empty qcow2 file that takes the guest's writes from now on.
     pub layer: PathBuf,
-    /// An empty file for devices and memory.
-    pub memory: File,
+    /// An empty file for devices and memory, if they are wanted, and what it is called.
+    pub memory: Option<(File, SavedFile)>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frozen {
-    pub stream: Stream,
+    /// The memory, if it was wanted.
+    pub saved: Option<Saved>,
     /// How long the guest stood still.
     pub paused: Duration,
 }

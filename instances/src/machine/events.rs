@@ -14,22 +14,21 @@ impl<D: Driver> Actor<D> {
         match event {
             VmEvent::Exited { reason } => {
                 if let Some(reason) = reason {
+                    self.config.snapshot.crashed = true;
                     let error = Error::new(
                         Code::GuestStopped,
-                        format!(
-                            "The VM of '{}' ended unexpectedly: {reason}",
-                            self.config.name
-                        ),
+                        format!("The VM of '{}' ended unexpectedly: {reason}", self.name()),
                     );
                     self.config.snapshot.last_error = Some(self.with_console(error).into());
                 }
                 self.end_vm().await;
-                self.set_state(InstanceState::Stopped).await;
+                self.set_state(self.at_rest()).await;
             }
             VmEvent::Panicked => {
+                self.config.snapshot.crashed = true;
                 let error = Error::new(
                     Code::GuestStopped,
-                    format!("The kernel of '{}' panicked", self.config.name),
+                    format!("The kernel of '{}' panicked", self.name()),
                 );
                 self.config.snapshot.last_error = Some(self.with_console(error).into());
                 self.set_state(InstanceState::Unknown).await;
@@ -62,7 +61,7 @@ impl<D: Driver> Actor<D> {
     }
 
     pub(super) fn note_disk_error(&mut self, no_space: bool, reason: &str) {
-        let name = &self.config.name;
+        let name = self.name();
         let error = if no_space {
             self.halted = true;
             Error::new(

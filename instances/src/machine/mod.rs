@@ -4,30 +4,37 @@
 //! ```text
 //!                        start                    guest up, cloud-init ended
 //!   creating ─▶ stopped ──────▶ starting ───────────────────────────▶ running ◀──────────┐
-//!                ▲  ▲              │ │                                 │  │  │           │
-//!                │  │   VM ends,   │ │ not up within the bound         │  │  │ restart,  │ guest up
-//!                │  └── cancelled ─┘ └──────────▶ unknown ◀────────────┼──┘  │ guest     │
-//!                │                                 │  │   not up again │     ▼ reboots   │
-//!                │ VM ends                         │  └── guest up ───▶│  restarting ─────┘
-//!                ├──────────────── stopping ◀──────┴── stop ───────────┘     │
-//!                └───────────────────────────────────────────────────────────┘ VM ends
+//!                ▲  ▲ ▲            │ │ ▲                               │ │ │ │           │
+//!                │  │ │ VM ends,   │ │ │ start     suspend             │ │ │ │ restart,  │ guest up
+//!                │  │ └─ cancelled ┘ │ └─ suspended ◀─ suspending ◀────┘ │ │ │ guest     │
+//!                │  │                │       │ ▲          │  failed or   │ │ │ reboots   │
+//!                │  └─ stop --force ─┼───────┘ └ snapshot └─ cancelled ─▶│ │ ▼           │
+//!                │                   │           restored with memory    │ │ restarting ─┘
+//!                │                   │ not up within the bound           │ │  │
+//!                │                   └──────────▶ unknown ◀──────────────┼─┘  │
+//!                │                                 │ │    not up again   │    │
+//!                │ VM ends                         │ └── guest up ──────▶│    │
+//!                ├──────────────── stopping ◀──────┴── stop ─────────────┘    │
+//!                └────────────────────────────────────────────────────────────┘ VM ends
 //! ```
 //!
 //! `creating` and `purging` belong to the daemon's launch and delete services: there is no task yet,
-//! or no longer. What may be asked for in which state is a pure function with a table test
-//! (`rules.rs`). Requests are taken one after the other; `stop --force` and `delete --purge`
-//! interrupt what is under way.
+//! or no longer. A shutdown with a delay is a time that the daemon keeps; the instance is `running`.
+//! What may be asked for in which state is a pure function with a table test (`rules.rs`). Requests are
+//! taken one after the other; `stop --force` and `delete --purge` interrupt what is under way.
 //!
-//! Files: `actor.rs` the task; `boot.rs` waiting for a guest; `events.rs` what comes by itself; `rules.rs` what is allowed;
-//! `driver.rs` what a hypervisor must do. The next step down is `instances/src/qemu/`.
+//! Files: `actor.rs` the task; `boot.rs` waiting for a guest; `suspend.rs` to disk and back; `events.rs`
+//! what comes by itself; `rules.rs` what is allowed; `driver.rs` what a hypervisor must do. The next step
+//! down is `instances/src/qemu/`.
 
 mod actor;
 mod boot;
 mod driver;
 mod events;
 mod rules;
+mod suspend;
 
-pub use driver::{Driver, Freeze, Frozen, GuestEvent, Journal, Vm, VmEvent};
+pub use driver::{Driver, Freeze, Frozen, GuestEvent, Journal, Saved, SavedFile, Vm, VmEvent};
 pub use rules::{Ask, Decision, decide};
 
 use std::net::Ipv4Addr;
@@ -36,7 +43,7 @@ use std::time::Duration;
 
 use pileus_api::{CloudInit, ErrorBody, GuestReport, InstanceState, PhaseTime, Timestamp};
 use pileus_base::process::ProcessId;
-use pileus_base::{Code, Error, InstanceName, Reporter, Result};
+use pileus_base::{Code, Error, Reporter, Result, Size};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -60,6 +67,10 @@ pub struct Snapshot {
     pub last_error: Option<ErrorBody>,
     /// The guest has a kernel of its own choice: boot by firmware from now on.
     pub firmware_boot: bool,
+    /// The last VM ended although nobody wanted it to.
+    pub crashed: bool,
+    /// The machine as it was when it was suspended.
+    pub suspended: Option<Saved>,
 }
 
 impl Snapshot {
@@ -74,14 +85,15 @@ impl Snapshot {
             phases: Vec::new(),
             last_error: None,
             firmware_boot: false,
+            crashed: false,
+            suspended: None,
         }
     }
 }
 
 /// What the task needs to begin.
 pub struct Config<D: Driver> {
-    pub name: InstanceName,
-    pub driver: D,
+    pub driver: Arc<D>,
     pub journal: Arc<dyn Journal>,
     /// What the journal kept.
     pub snapshot: Snapshot,
@@ -111,15 +123,29 @@ pub(crate) enum Request<D: Driver> {
         report: Reporter,
         reply: oneshot::Sender<Result<()>>,
     },
+    Suspend {
+        report: Reporter,
+        reply: oneshot::Sender<Result<()>>,
+    },
+    /// A stopped instance's disk was brought back to an earlier moment, perhaps with this memory.
+    Restored {
+        saved: Option<Box<Saved>>,
+        firmware_boot: bool,
+        reply: oneshot::Sender<Result<()>>,
+    },
     Freeze {
         freeze: Freeze,
         reply: oneshot::Sender<Result<Frozen>>,
+    },
+    GrowDisk {
+        size: Size,
+        reply: oneshot::Sender<Result<()>>,
     },
 }
 
 /// The handle to an instance's task. When the last one is dropped the task ends; the VM does not.
 pub struct Machine<D: Driver> {
-    name: InstanceName,
+    driver: Arc<D>,
     requests: mpsc::Sender<Request<D>>,
     snapshot: watch::Receiver<Snapshot>,
     interrupt: Arc<Mutex<CancellationToken>>,
@@ -133,7 +159,7 @@ pub(crate) type GuestSlot<D> = Arc<Mutex<Option<<<D as Driver>::Vm as Vm>::Guest
 impl<D: Driver> Clone for Machine<D> {
     fn clone(&self) -> Self {
         Self {
-            name: self.name.clone(),
+            driver: self.driver.clone(),
             requests: self.requests.clone(),
             snapshot: self.snapshot.clone(),
             interrupt: self.interrupt.clone(),
@@ -159,12 +185,12 @@ impl<D: Driver> Machine<D> {
         let (publish, snapshot) = watch::channel(config.snapshot.clone());
         let interrupt = Arc::new(Mutex::new(CancellationToken::new()));
         let guest = Arc::new(Mutex::new(vm.as_ref().map(Vm::guest)));
-        let name = config.name.clone();
+        let driver = config.driver.clone();
         let shared = (interrupt.clone(), guest.clone());
         let actor = actor::Actor::new(config, vm, queue, publish, shared);
         tokio::spawn(actor.run());
         Self {
-            name,
+            driver,
             requests,
             snapshot,
             interrupt,
@@ -219,7 +245,7 @@ impl<D: Driver> Machine<D> {
     /// Shuts the guest down, or cuts its power. The latter interrupts what is under way.
     pub async fn stop(&self, force: bool, timeout: Duration, report: Reporter) -> Result<()> {
         if force {
-            lock(&self.interrupt).cancel();
+            self.interrupt();
         }
         self.ask(|reply| Request::Stop {
             force,
@@ -239,7 +265,34 @@ impl<D: Driver> Machine<D> {
         .await
     }
 
-    /// Saves a running instance to files; it stands still meanwhile.
+    /// Breaks off what is under way, as far as that can be broken off.
+    pub fn interrupt(&self) {
+        lock(&self.interrupt).cancel();
+    }
+
+    /// Writes the instance's memory to disk and ends its VM. Nothing to do for one without a VM.
+    pub async fn suspend(&self, report: Reporter) -> Result<()> {
+        self.ask(|reply| Request::Suspend { report, reply }).await
+    }
+
+    /// A stopped instance's disk is another one's now, or an earlier one: how that boots, and the memory that
+    /// goes with it. With memory the instance is suspended.
+    pub async fn restored(&self, saved: Option<Saved>, firmware_boot: bool) -> Result<()> {
+        let saved = saved.map(Box::new);
+        self.ask(|reply| Request::Restored {
+            saved,
+            firmware_boot,
+            reply,
+        })
+        .await
+    }
+
+    /// Grows the disk of a running instance; it never shrinks.
+    pub async fn grow_disk(&self, size: Size) -> Result<()> {
+        self.ask(|reply| Request::GrowDisk { size, reply }).await
+    }
+
+    /// Freezes the disk of a running instance, and its memory if that is wanted.
     pub async fn freeze(&self, freeze: Freeze) -> Result<Frozen> {
         self.ask(|reply| Request::Freeze { freeze, reply }).await
     }
@@ -251,7 +304,7 @@ impl<D: Driver> Machine<D> {
         match guest {
             Some(guest) if decide(state, Ask::Guest) == Decision::Do => Ok(guest),
             // Between two states there may be no VM although there will be one.
-            _ => Err(rules::refusal(&self.name, state, Ask::Guest)),
+            _ => Err(rules::refusal(&self.driver.name(), state, Ask::Guest)),
         }
     }
 

@@ -11,7 +11,8 @@ pub enum Ask {
     Stop,
     ForceStop,
     Restart,
-    /// Saving it while it runs.
+    Suspend,
+    /// Changing its disk, or taking it, while it runs.
     Freeze,
     /// Commands, files.
     Guest,
@@ -28,19 +29,24 @@ pub enum Decision {
 /// The rule. The task takes requests one after the other, so the states in between (`starting`,
 /// `stopping`, …) are only met when an earlier request failed half-way.
 pub fn decide(state: InstanceState, ask: Ask) -> Decision {
-    use Ask::{ForceStop, Freeze, Guest, Restart, Start, Stop};
+    use Ask::{ForceStop, Freeze, Guest, Restart, Start, Stop, Suspend};
     use Decision::{Do, Nothing, Refuse};
     use InstanceState as S;
     match (state, ask) {
         (S::Creating, _) => Refuse,
         (S::Stopped, Start) => Do,
-        (S::Stopped, Stop | ForceStop) => Nothing,
+        (S::Stopped, Stop | ForceStop | Suspend) => Nothing,
         (S::Stopped, Restart | Freeze | Guest) => Refuse,
+        (S::Suspended, Start | ForceStop) => Do,
+        (S::Suspended, Suspend) => Nothing,
+        (S::Suspended, Stop | Restart | Freeze | Guest) => Refuse,
         (S::Running, Start) => Nothing,
-        (S::Running, Stop | ForceStop | Restart | Freeze | Guest) => Do,
-        (S::Unknown, Start | Restart | Freeze) => Refuse,
+        (S::Running, Stop | ForceStop | Restart | Suspend | Freeze | Guest) => Do,
+        (S::Unknown, Start | Restart | Suspend | Freeze) => Refuse,
         (S::Unknown, Stop | ForceStop | Guest) => Do,
-        (S::Starting | S::Restarting | S::Stopping, Start | Restart | Freeze) => Refuse,
+        (S::Suspending, ForceStop) => Do,
+        (S::Suspending, _) => Refuse,
+        (S::Starting | S::Restarting | S::Stopping, Start | Restart | Suspend | Freeze) => Refuse,
         (S::Starting | S::Restarting | S::Stopping, Stop | ForceStop | Guest) => Do,
     }
 }
@@ -56,7 +62,13 @@ pub fn refusal(name: &InstanceName, state: InstanceState, ask: Ask) -> Error {
             format!("Instance '{name}' is already running, but in an unknown state."),
             "Try to stop it first.".to_owned(),
         ),
-        (InstanceState::Stopped, _) => (
+        (InstanceState::Suspended, Ask::Stop) => (
+            format!("Cannot shut down suspended instance {name}."),
+            format!(
+                "Start it first, or give its memory up with `pileus stop --force {name}`; its disk stays."
+            ),
+        ),
+        (InstanceState::Stopped | InstanceState::Suspended, _) => (
             format!("Instance '{name}' is not running"),
             format!("Start it with `pileus start {name}`."),
         ),
@@ -89,6 +101,7 @@ mod tests {
                 Ask::Stop,
                 Ask::ForceStop,
                 Ask::Restart,
+                Ask::Suspend,
                 Ask::Freeze,
                 Ask::Guest,
             ] {
@@ -103,13 +116,15 @@ mod tests {
         assert_eq!(
             table,
             "\
-creating   refuse  refuse  refuse  refuse  refuse  refuse
-stopped    do      nothing nothing refuse  refuse  refuse
-starting   refuse  do      do      refuse  refuse  do
-running    nothing do      do      do      do      do
-restarting refuse  do      do      refuse  refuse  do
-stopping   refuse  do      do      refuse  refuse  do
-unknown    refuse  do      do      refuse  refuse  do
+creating   refuse  refuse  refuse  refuse  refuse  refuse  refuse
+stopped    do      nothing nothing refuse  nothing refuse  refuse
+starting   refuse  do      do      refuse  refuse  refuse  do
+running    nothing do      do      do      do      do      do
+restarting refuse  do      do      refuse  refuse  refuse  do
+stopping   refuse  do      do      refuse  refuse  refuse  do
+suspending refuse  refuse  do      refuse  refuse  refuse  refuse
+suspended  do      refuse  do      refuse  nothing refuse  refuse
+unknown    refuse  do      do      refuse  refuse  refuse  do
 "
         );
     }
@@ -118,7 +133,14 @@ unknown    refuse  do      do      refuse  refuse  do
     fn every_refusal_says_what_to_do() {
         let name: InstanceName = "foo".parse().unwrap();
         for state in InstanceState::ALL {
-            for ask in [Ask::Start, Ask::Restart, Ask::Freeze, Ask::Guest] {
+            for ask in [
+                Ask::Start,
+                Ask::Stop,
+                Ask::Restart,
+                Ask::Suspend,
+                Ask::Freeze,
+                Ask::Guest,
+            ] {
                 let error = refusal(&name, state, ask);
                 assert!(error.message.contains("foo") && error.advice.is_some());
             }

@@ -12,6 +12,10 @@ use super::*;
 struct Script {
     events: StdMutex<Option<mpsc::UnboundedReceiver<VmEvent>>>,
     calls: Arc<StdMutex<Vec<&'static str>>>,
+    /// The call that fails once.
+    fails: Arc<StdMutex<Option<&'static str>>>,
+    /// Where a resumed VM takes its events from.
+    again: Arc<StdMutex<Option<mpsc::UnboundedSender<VmEvent>>>>,
 }
 
 struct FakeVm {
@@ -19,8 +23,85 @@ struct FakeVm {
     calls: Arc<StdMutex<Vec<&'static str>>>,
 }
 
+impl Script {
+    fn note(&self, call: &'static str) {
+        self.calls.lock().unwrap().push(call);
+    }
+
+    /// Fails as often as the test says.
+    fn may_fail(&self, call: &'static str) -> Result<()> {
+        self.note(call);
+        match self.fails.lock().unwrap().take_if(|fails| *fails == call) {
+            Some(_) => Err(Error::new(Code::QemuFailed, "told to fail")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn saved() -> Saved {
+    Saved {
+        at: Timestamp::UNIX_EPOCH,
+        file: SavedFile::Suspended,
+        stream: crate::qemu::Stream::Plain,
+        bytes: 1,
+        machine_type: "pc-q35-10.0".into(),
+        qemu: "10.0.2".into(),
+        accelerator: crate::qemu::Accelerator::Tcg,
+        cpus: 1,
+        memory: Size::gib(1),
+        firmware_boot: false,
+    }
+}
+
 impl Driver for Script {
     type Vm = FakeVm;
+
+    fn name(&self) -> pileus_base::InstanceName {
+        "foo".parse().unwrap()
+    }
+
+    async fn start_empty(&self, _saved: &Saved) -> Result<FakeVm> {
+        self.may_fail("start-empty")?;
+        let (events, source) = mpsc::unbounded_channel();
+        *self.again.lock().unwrap() = Some(events);
+        Ok(FakeVm {
+            events: source,
+            calls: self.calls.clone(),
+        })
+    }
+
+    async fn load(&self, _vm: &FakeVm, _saved: &Saved) -> Result<()> {
+        self.may_fail("load")
+    }
+
+    async fn save(&self, _vm: &FakeVm) -> Result<Saved> {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        self.may_fail("save")?;
+        Ok(saved())
+    }
+
+    async fn unsave(&self, _vm: &FakeVm) -> Result<()> {
+        self.may_fail("unsave")
+    }
+
+    fn forget(&self, _saved: &Saved) {
+        self.note("forget");
+    }
+
+    async fn freeze(&self, _vm: &FakeVm, _freeze: Freeze) -> Result<Frozen> {
+        self.note("freeze");
+        Ok(Frozen {
+            saved: None,
+            paused: Duration::ZERO,
+        })
+    }
+
+    async fn identify(&self, _vm: &FakeVm, _report: &Reporter) -> Result<()> {
+        match *self.fails.lock().unwrap() {
+            Some("identify") => Err(Error::new(Code::IdentityFailed, "told to fail")),
+            _ => Ok(()),
+        }
+    }
 
     async fn start(&self, _firmware: bool, _report: &Reporter) -> Result<FakeVm> {
         self.calls.lock().unwrap().push("start");
@@ -70,12 +151,18 @@ impl Vm for FakeVm {
         Ok(())
     }
 
-    async fn freeze(&self, _freeze: Freeze) -> Result<Frozen> {
-        self.calls.lock().unwrap().push("freeze");
-        Ok(Frozen {
-            stream: crate::qemu::Stream::Plain,
-            paused: Duration::ZERO,
-        })
+    async fn reset(&self) -> Result<()> {
+        self.calls.lock().unwrap().push("reset");
+        Ok(())
+    }
+
+    async fn resumed(&self) {
+        self.calls.lock().unwrap().push("resumed");
+    }
+
+    async fn grow_disk(&self, _size: Size) -> Result<()> {
+        self.calls.lock().unwrap().push("grow");
+        Ok(())
     }
 
     async fn kill(&self) {
@@ -110,19 +197,23 @@ struct Bench {
     machine: Machine<Script>,
     events: mpsc::UnboundedSender<VmEvent>,
     calls: Arc<StdMutex<Vec<&'static str>>>,
+    fails: Arc<StdMutex<Option<&'static str>>>,
+    again: Arc<StdMutex<Option<mpsc::UnboundedSender<VmEvent>>>>,
     journal: Arc<Memory>,
 }
 
 fn bench() -> Bench {
     let (events, source) = mpsc::unbounded_channel();
     let calls = Arc::default();
+    let (fails, again) = (Arc::default(), Arc::default());
     let journal = Arc::new(Memory::default());
     let machine = Machine::spawn(Config {
-        name: "foo".parse().unwrap(),
-        driver: Script {
+        driver: Arc::new(Script {
             events: StdMutex::new(Some(source)),
             calls: Arc::clone(&calls),
-        },
+            fails: Arc::clone(&fails),
+            again: Arc::clone(&again),
+        }),
         journal: journal.clone(),
         snapshot: Snapshot::stopped(),
         address: Ipv4Addr::new(10, 0, 0, 2),
@@ -132,6 +223,8 @@ fn bench() -> Bench {
         machine,
         events,
         calls,
+        fails,
+        again,
         journal,
     }
 }
@@ -142,6 +235,8 @@ fn cloud_init(status: CloudInitStatus, errors: &[&str]) -> VmEvent {
         errors: errors.iter().map(|&e| e.to_owned()).collect(),
     }))
 }
+
+const DONE: fn() -> VmEvent = || cloud_init(CloudInitStatus::Done, &[]);
 
 const UP: VmEvent = VmEvent::Guest(GuestEvent::Up);
 
@@ -390,4 +485,160 @@ async fn a_restored_vm_is_taken_over_and_only_its_cloud_init_is_waited_for() {
     take(second).await.unwrap();
     assert_eq!(*bench.calls.lock().unwrap(), ["kill"]);
     assert_eq!(bench.state(), InstanceState::Running);
+}
+
+impl Bench {
+    async fn running() -> Self {
+        let bench = bench();
+        bench.events.send(UP).unwrap();
+        bench.events.send(DONE()).unwrap();
+        bench.start().await.unwrap();
+        bench.calls.lock().unwrap().clear();
+        bench
+    }
+
+    /// Starts a suspended one, whose guest answers as soon as it runs.
+    async fn resume(&self) -> Result<()> {
+        let again = self.again.clone();
+        let answer = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                if let Some(events) = again.lock().unwrap().take() {
+                    events.send(UP).unwrap();
+                    events.send(DONE()).unwrap();
+                    // The sender must live as long as the VM.
+                    std::mem::forget(events);
+                    return;
+                }
+            }
+        });
+        let started = self.start().await;
+        answer.abort();
+        started
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspended_instance_goes_on() {
+    let bench = Bench::running().await;
+    bench.machine.suspend(Reporter::silent()).await.unwrap();
+    let snapshot = bench.machine.snapshot();
+    assert_eq!(snapshot.state, InstanceState::Suspended);
+    assert_eq!(snapshot.suspended, Some(saved()));
+    assert_eq!(snapshot.process, None);
+    assert_eq!(*bench.calls.lock().unwrap(), ["save", "kill", "release"]);
+    // What is suspended can't be shut down, and is suspended already.
+    bench.machine.suspend(Reporter::silent()).await.unwrap();
+    let refused = bench
+        .machine
+        .stop(false, SHUTDOWN_TIMEOUT, Reporter::silent())
+        .await
+        .unwrap_err();
+    assert!(refused.message.contains("suspended"), "{refused}");
+    bench.calls.lock().unwrap().clear();
+    bench.resume().await.unwrap();
+    let snapshot = bench.machine.snapshot();
+    assert_eq!(
+        (snapshot.state, snapshot.suspended),
+        (InstanceState::Running, None)
+    );
+    assert_eq!(
+        *bench.calls.lock().unwrap(),
+        ["start-empty", "load", "forget", "resume", "resumed"]
+    );
+    assert_eq!(
+        *bench.journal.0.lock().unwrap(),
+        [
+            InstanceState::Starting,
+            InstanceState::Running,
+            InstanceState::Suspending,
+            InstanceState::Suspended,
+            InstanceState::Starting,
+            InstanceState::Running,
+        ]
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_suspend_that_fails_or_is_cancelled_lets_the_guest_go_on() {
+    let bench = Bench::running().await;
+    *bench.fails.lock().unwrap() = Some("save");
+    let error = bench.machine.suspend(Reporter::silent()).await.unwrap_err();
+    assert_eq!(error.code, Code::QemuFailed);
+    assert_eq!(bench.state(), InstanceState::Running);
+    assert_eq!(*bench.calls.lock().unwrap(), ["save", "unsave"]);
+    bench.calls.lock().unwrap().clear();
+    let machine = bench.machine.clone();
+    let suspending = tokio::spawn(async move { machine.suspend(Reporter::silent()).await });
+    bench.until(InstanceState::Suspending).await;
+    // It is interrupted, and what interrupts it finds a VM.
+    bench
+        .machine
+        .stop(true, SHUTDOWN_TIMEOUT, Reporter::silent())
+        .await
+        .unwrap();
+    assert_eq!(suspending.await.unwrap().unwrap_err().code, Code::Cancelled);
+    assert_eq!(bench.state(), InstanceState::Stopped);
+    assert_eq!(*bench.calls.lock().unwrap(), ["unsave", "kill", "release"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resume_that_fails_leaves_it_suspended_and_force_gives_the_memory_up() {
+    for fails in ["start-empty", "load"] {
+        let bench = Bench::running().await;
+        bench.machine.suspend(Reporter::silent()).await.unwrap();
+        *bench.fails.lock().unwrap() = Some(fails);
+        bench.resume().await.unwrap_err();
+        let snapshot = bench.machine.snapshot();
+        assert_eq!(snapshot.state, InstanceState::Suspended, "{fails}");
+        assert!(snapshot.suspended.is_some() && snapshot.process.is_none());
+        assert!(snapshot.last_error.is_some());
+        bench.resume().await.unwrap();
+        bench.machine.suspend(Reporter::silent()).await.unwrap();
+        bench
+            .machine
+            .stop(true, SHUTDOWN_TIMEOUT, Reporter::silent())
+            .await
+            .unwrap();
+        let snapshot = bench.machine.snapshot();
+        assert_eq!(
+            (snapshot.state, snapshot.suspended),
+            (InstanceState::Stopped, None)
+        );
+        assert_eq!(bench.calls.lock().unwrap().last(), Some(&"forget"));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_does_not_reboot_is_reset() {
+    let bench = Bench::running().await;
+    let machine = bench.machine.clone();
+    let restart =
+        tokio::spawn(async move { machine.restart(BOOT_TIMEOUT, Reporter::silent()).await });
+    while !bench.calls.lock().unwrap().contains(&"reset") {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    for event in [VmEvent::Reset, UP, DONE()] {
+        bench.events.send(event).unwrap();
+    }
+    restart.await.unwrap().unwrap();
+    assert_eq!(bench.state(), InstanceState::Running);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_runs_before_it_has_an_identity() {
+    let bench = bench();
+    bench.events.send(UP).unwrap();
+    bench.events.send(DONE()).unwrap();
+    *bench.fails.lock().unwrap() = Some("identify");
+    assert_eq!(bench.start().await.unwrap_err().code, Code::IdentityFailed);
+    assert_eq!(bench.state(), InstanceState::Stopped);
+    assert!(
+        !bench
+            .journal
+            .0
+            .lock()
+            .unwrap()
+            .contains(&InstanceState::Running)
+    );
 }

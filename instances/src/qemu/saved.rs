@@ -68,6 +68,13 @@ impl Vm {
         self.load(&file, false, stream, ALL_BOUND).await
     }
 
+    /// Gives up a save that is under way, if there is one.
+    pub async fn cancel_save(&self) {
+        if let Err(err) = self.client().run(&MigrateCancel {}).await {
+            tracing::debug!(%err, "no save to cancel");
+        }
+    }
+
     /// The best that this QEMU has.
     fn stream(&self) -> Stream {
         let version = self.client().version();

@@ -11,6 +11,7 @@ use pileus_api::{Event, Operation, OperationKind, TemplateRequest};
 use pileus_base::{Code, Error, Mac, Phase, Reporter, Result, Size, files};
 use pileus_images::{Image, overlay};
 use pileus_instances::driver::{Host, QemuDriver, Setup, Wiring};
+use pileus_instances::guest::clone::IdentitySpec;
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::guest::seed::{self, SeedSpec};
 use pileus_instances::machine::BOOT_TIMEOUT;
@@ -226,6 +227,7 @@ impl Service {
             mac: Mac([0; 6]),
             address: std::net::Ipv4Addr::UNSPECIFIED,
             ends_with_daemon: true,
+            machine_id: None,
         };
         let driver = QemuDriver::new(
             setup,
@@ -274,6 +276,18 @@ impl Wiring for Unplugged {
 
     fn unplug(&self) -> Later<'_, ()> {
         Box::pin(async {})
+    }
+
+    fn setup(&self) -> Option<Setup> {
+        None
+    }
+
+    fn identity(&self) -> Result<Option<IdentitySpec>> {
+        Ok(None)
+    }
+
+    fn identified(&self) -> Later<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
     }
 
     fn layers(&self) -> Vec<PathBuf> {

@@ -76,7 +76,7 @@ impl Service {
     fn standing_on(&self, layer: Layer) -> usize {
         let all = self.parts.registry.all();
         all.iter()
-            .filter(|instance| instance.row().spec.layers.contains(&layer))
+            .filter(|instance| instance.row().all_layers().any(|l| l == layer))
             .count()
     }
 

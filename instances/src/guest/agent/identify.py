@@ -4,7 +4,7 @@
 # A clone becomes itself: in this order, so that nothing is reachable before it is unique. No program is
 # started on the way: with code that is translated anew in each clone, each would cost a tenth of a second.
 
-RNDADDENTROPY, RNDRESEEDCRNG, BLKFLSBUF = 0x40085203, 0x5207, 0x1261
+BLKFLSBUF = 0x1261
 NETWORK_BOUND = 20.0
 HOOK_BOUND = 60.0
 # The rest follows when the guest has nothing else to do for a while, and at the latest after a time.
@@ -35,18 +35,6 @@ class Steps:
         self.at = now
 
 
-def reseed(entropy):
-    """The host's bytes into the kernel's generator, which then makes a new key."""
-    if len(entropy) < 32:
-        raise RuntimeError("too little entropy")
-    fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(fd, RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
-        fcntl.ioctl(fd, RNDRESEEDCRNG)
-    finally:
-        os.close(fd)
-
-
 def syscall(result, what):
     if result != 0:
         raise OSError(ctypes.get_errno(), "%s: %s" % (what, os.strerror(ctypes.get_errno())))
@@ -70,18 +58,6 @@ def set_machine_id(text):
     dbus = "/var/lib/dbus/machine-id"
     if os.path.isfile(dbus) and not os.path.islink(dbus):
         put(dbus, text + "\n", 0o644)
-
-
-def set_hostname(old, name):
-    if not re.match(r"^[A-Za-z0-9]([A-Za-z0-9-]{0,62}[A-Za-z0-9])?$", name):
-        raise RuntimeError("not a host name")
-    socket.sethostname(name)
-    put("/etc/hostname", name + "\n")
-    word = re.compile(r"(?<![\w.-])%s(?![\w-])" % re.escape(old))
-    for path in ("/etc/hosts", CLOUD_LIB + "/data/previous-hostname", CLOUD_LIB + "/data/set-hostname"):
-        text = read_text(path)
-        if text:
-            put(path, word.sub(name, text))
 
 
 class Change:
@@ -272,22 +248,10 @@ def flush_seed():
         os.close(fd)
 
 
-def grow_root():
-    """The disk became larger: the partition of / and its file system follow, as cloud-init does it."""
-    source = next((l.split()[0] for l in read_text("/proc/mounts").splitlines() if l.split()[1:2] == ["/"]), "")
-    match = re.match(r"^/dev/([a-z]+)(\d+)$", source)
-    if not match:
-        raise RuntimeError("the root file system lies on %s, which can't be grown" % short(source, 60))
-    done = subprocess.run(["growpart", "/dev/" + match.group(1), match.group(2)], stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
-    text = done.stdout.decode("utf-8", "replace")
-    if done.returncode != 0 and "NOCHANGE" not in text:
-        raise RuntimeError("growpart: " + short(text.strip(), 300))
-    run(["resize2fs", source])
-
-
 def identify(agent, request):
     """Makes this clone the machine that the request describes. Returns [[step, milliseconds]]."""
+    if request.get("mode") == "booted":
+        return booted(agent, request)
     steps = Steps()
     # What only reacts to the news (PID 1, the resolver) can wait.
     prefer(-10, os.getpid(), threading.get_native_id())

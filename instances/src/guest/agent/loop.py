@@ -18,6 +18,8 @@ class Agent:
         # A clone with a provisional name: what it was made of.
         self.standby = None
         self.clone = None
+        # How often a host has come to the agent's port.
+        self.visits = 0
         self.jobs = queue.Queue()
         self.wake_r, self.wake_w = os.pipe()
         for fd in (self.wake_r, self.wake_w):
@@ -74,6 +76,7 @@ class Agent:
             return
         # Quick ones are answered at once, also while a slow one is at work.
         if what == "hello":
+            self.visits += 1
             self.greet()
             self.send({"type": "reply", "id": number, "ok": True})
         elif what == "ping":
@@ -113,6 +116,7 @@ class Agent:
         if what == "ssh-open":
             user = self.login_user(float(request.get("wait", 60)))
             ssh = self.ssh_port(str(request.get("port", "pileus.ssh.0")))
+            ssh.visit = self.visits
             return {"login": user}, ssh.open(str(request.get("nonce", "")))
         if what == "ssh-close":
             for ssh in self.ssh.values():
@@ -130,7 +134,7 @@ class Agent:
         if what == "set-time":
             time.clock_settime(time.CLOCK_REALTIME, float(request["unix"]))
             return None, None
-        if what in ("quiesce", "identify", "name", "identity"):
+        if what in ("quiesce", "identify", "name", "identity", "resumed", "rename", "grow", "wall", "sync"):
             return self.clone_part()[what](self, request)
         if what in ("poweroff", "reboot"):
             return None, lambda: self.shut_down(what)

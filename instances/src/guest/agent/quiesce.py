@@ -15,8 +15,6 @@ import shutil
 MACHINE_ID = "/etc/machine-id"
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 BOOT_ID_FILE = "/run/pileus/boot_id"
-GENERATION = "/run/pileus/generation"
-CLOUD_LIB = "/var/lib/cloud"
 CLOUD_RUN = "/run/cloud-init"
 NETWORKD_RUN = "/run/systemd/network"
 NETPLAN = "/etc/netplan/50-cloud-init.yaml"
@@ -65,33 +63,6 @@ def output(argv, timeout=60):
                               stderr=subprocess.DEVNULL, timeout=timeout).stdout.decode("utf-8", "replace")
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def attempt(function, *args):
-    """For what may be missing; True if it worked."""
-    try:
-        function(*args)
-        return True
-    except (OSError, RuntimeError, ValueError, KeyError) as err:
-        log("skipped:", err)
-        return False
-
-
-def put(path, text, mode=0o644, owner=None):
-    """Replaces a file at once, without waiting for the disk."""
-    temp = path + ".pileus-new"
-    data = text if isinstance(text, bytes) else text.encode()
-    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    try:
-        os.fchmod(fd, mode)
-        if owner:
-            os.fchown(fd, *owner)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view):]
-    finally:
-        os.close(fd)
-    os.rename(temp, path)
 
 
 def remove(*patterns):

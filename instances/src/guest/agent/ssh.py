@@ -110,6 +110,8 @@ class Ssh:
         self.port = Port(paths, name)
         self.child = None
         self.turn = 0
+        # Which visit of a host it was opened in.
+        self.visit = 0
 
     def config(self):
         path = os.path.join(self.paths.etc, "sshd_config")
