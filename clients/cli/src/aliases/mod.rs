@@ -11,6 +11,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use pileus_base::{Code, Error, InstanceName, Result};
+use pileus_client::Client;
 
 use self::store::{Aliases, Folder};
 use crate::environment::Environment;
@@ -67,29 +68,55 @@ pub(crate) fn change<T>(
     Ok((before, result))
 }
 
-/// Drops the aliases of instances that are gone for good. What can't be done is a warning: the instances
-/// are gone all the same.
-pub(crate) fn forget(env: &Environment, instances: &[&str]) {
-    let forget = || -> Result<(), CommandError> {
-        let path = store::file(env)?;
-        if !path.exists() {
-            return Ok(());
-        }
-        let named = |alias: &store::Alias| instances.contains(&alias.instance.as_str());
-        let known = store::load(&path)?;
-        if !known.contexts.values().flat_map(|c| c.values()).any(named) {
-            return Ok(());
-        }
-        change(env, |aliases| {
-            aliases.forget(instances);
-            Ok(())
-        })?;
-        Ok(())
-    };
-    if let Err(err) = forget() {
-        let text = &err.error.message;
-        terminal::tell(&format!("warning: the aliases were not changed: {text}"));
+/// Drops the aliases of those of these instances that are gone for good. What can't be done is a warning:
+/// the instances are gone all the same.
+pub(crate) async fn forget_gone(env: &Environment, client: &Client, names: &[InstanceName]) {
+    let names: Vec<&str> = names.iter().map(InstanceName::as_str).collect();
+    if !any_of(env, &names) {
+        return;
     }
+    let Ok(there) = client.instances().await else {
+        return;
+    };
+    let is_there = |name: &str| there.iter().any(|i| i.name.as_str() == name);
+    let gone: Vec<&str> = names.into_iter().filter(|name| !is_there(name)).collect();
+    forget(env, &gone);
+}
+
+/// As [`forget_gone`], of instances that are known to be gone.
+pub(crate) fn forget(env: &Environment, instances: &[&str]) {
+    if !any_of(env, instances) {
+        return;
+    }
+    let forgotten = change(env, |aliases| {
+        aliases.forget(instances);
+        Ok(())
+    });
+    if let Err(err) = forgotten {
+        warn(&err.error);
+    }
+}
+
+/// Whether any alias belongs to one of these instances.
+fn any_of(env: &Environment, instances: &[&str]) -> bool {
+    let Ok(path) = store::file(env) else {
+        return false;
+    };
+    match store::load(&path) {
+        Ok(aliases) => {
+            let mut all = aliases.contexts.values().flat_map(|found| found.values());
+            all.any(|alias| instances.contains(&alias.instance.as_str()))
+        }
+        Err(err) => {
+            warn(&err);
+            false
+        }
+    }
+}
+
+fn warn(err: &Error) {
+    let text = &err.message;
+    terminal::tell(&format!("warning: the aliases were not changed: {text}"));
 }
 
 #[cfg(test)]

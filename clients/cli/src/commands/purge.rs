@@ -1,5 +1,6 @@
 //! `pileus purge`.
 
+use crate::aliases;
 use crate::context::Context;
 use crate::error::Outcome;
 
@@ -8,6 +9,8 @@ use crate::error::Outcome;
 pub struct Args {}
 
 pub(crate) async fn run(context: &Context) -> Outcome {
-    context.client().await?.purge().await?;
+    let gone = context.client().await?.purge().await?;
+    let gone: Vec<&str> = gone.iter().map(String::as_str).collect();
+    aliases::forget(&context.env, &gone);
     Ok(0)
 }

@@ -343,16 +343,23 @@ impl Download {
                     shown(path)
                 )
             })?;
-            let written = to.write_all(&piece).await;
-            written.map_err(|err| cannot_write(OsStr::new("the target"), &os_text(&err)))?;
+            to.write_all(&piece)
+                .await
+                .map_err(|err| self.unwritten(&err))?;
             self.report.moved(piece.len());
             if piece.len() < CHUNK {
                 break;
             }
             ahead = ahead.max(offset);
         }
-        let flushed = to.flush().await;
-        flushed.map_err(|err| cannot_write(OsStr::new("the target"), &os_text(&err)))
+        to.flush().await.map_err(|err| self.unwritten(&err))
+    }
+
+    fn unwritten(&self, err: &std::io::Error) -> String {
+        if err.kind() == std::io::ErrorKind::BrokenPipe {
+            self.report.close();
+        }
+        format!("cannot write what was read: {}", os_text(err))
     }
 }
 

@@ -147,6 +147,9 @@ async fn get_stream(
         options,
     };
     let sent = download.stream(path, to).await;
+    if report.is_closed() {
+        return Err(std::io::Error::from(std::io::ErrorKind::BrokenPipe).into());
+    }
     sent.unwrap_or_else(|text| report.fail(&text));
     Ok(())
 }

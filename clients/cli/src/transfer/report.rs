@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +25,8 @@ pub(super) struct Report {
     /// Stands before each error.
     prefix: &'static str,
     errors: AtomicU64,
+    /// The reader of what is written is gone.
+    closed: AtomicBool,
     next: AtomicU64,
     begun: Mutex<BTreeMap<u64, Partial>>,
 }
@@ -67,6 +69,7 @@ impl Report {
             bar,
             prefix,
             errors: AtomicU64::new(0),
+            closed: AtomicBool::new(false),
             next: AtomicU64::new(0),
             begun: Mutex::default(),
         })
@@ -85,6 +88,14 @@ impl Report {
         self.errors.fetch_add(1, Ordering::Relaxed);
         self.bar
             .suspend(|| tell(&format!("{} {text}", self.prefix)));
+    }
+
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
     }
 
     pub fn failed(&self) -> bool {

@@ -173,6 +173,7 @@ pub fn instance(name: &str, state: &str) -> Instance {
         "created_at": "2026-11-21T20:00:00Z", "started_at": null, "phases": [],
         "cloud_init": null, "last_error": null, "report": null,
         "origin": {"kind": "cold"}, "lease_expires_at": null,
+        "snapshots": 0, "autostart": "last", "on_crash": "stop",
     });
     serde_json::from_value(json).unwrap()
 }
