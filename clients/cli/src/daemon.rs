@@ -92,7 +92,7 @@ fn detach(command: &mut Command) {
 }
 
 /// The daemon's program: beside this one, else in PATH.
-fn find_program(env: &Environment) -> Option<PathBuf> {
+pub(crate) fn find_program(env: &Environment) -> Option<PathBuf> {
     let path = std::env::split_paths(&env.search_path);
     let mut folders = env.own_folder.clone().into_iter().chain(path);
     folders.find_map(|folder| {

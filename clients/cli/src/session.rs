@@ -329,7 +329,7 @@ async fn discard(output: &mut ExecOutput) {
 
 /// Reads standard input piece by piece in a thread; the channel closes at its end. The thread may
 /// outlive the session, waiting for a key; the process's end ends it.
-fn read_stdin() -> mpsc::Receiver<Bytes> {
+pub(crate) fn read_stdin() -> mpsc::Receiver<Bytes> {
     let (sender, receiver) = mpsc::channel(4);
     std::thread::spawn(move || {
         let mut buffer = vec![0; 64 << 10];

@@ -45,7 +45,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
         return Err(CommandError::usage("Alias has to be a valid filename"));
     };
     exists(context, instance).await?;
-    if args::command().find_subcommand(name).is_some() {
+    if args::is_command(context.env.personality, name) {
         let text = format!("Alias name '{name}' clashes with a command name");
         return Err(CommandError::usage(text));
     }
