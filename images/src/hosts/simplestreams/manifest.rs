@@ -154,7 +154,7 @@ fn add(product: Product, entries: &mut Vec<Entry>) {
         entries.push(Entry {
             // Only the newest version that can be had has names.
             aliases: std::mem::take(&mut aliases),
-            os: capital(&text(&product.os)),
+            os: text(&capital(&product.os)),
             codename: text(&product.release),
             title: text(&product.release_title),
             version,
