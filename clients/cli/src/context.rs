@@ -38,7 +38,8 @@ impl Context {
     }
 
     pub fn progress(&self) -> Progress {
-        Progress::new(self.env.terminals.stderr, self.verbose > 0)
+        let terminal = self.env.terminals.stderr;
+        Progress::new(terminal, self.verbose > 0).silent(self.multipass() && !terminal)
     }
 
     /// How answers are to be written.

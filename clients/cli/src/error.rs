@@ -190,18 +190,9 @@ impl CommandError {
     }
 
     fn multipass_text(&self, command: &str) -> String {
-        let mut message = self.error.message.clone();
-        let mut details = self.error.details.clone();
-        if matches!(
-            self.error.code,
-            Code::DaemonUnreachable | Code::PermissionDenied
-        ) {
-            // Only the first, which is in our words: what follows may be a path.
-            message = message.replacen("pileus", "multipass", 1);
-            for detail in &mut details {
-                *detail = detail.replacen("ensure pileusd", "ensure multipassd", 1);
-            }
-        }
+        let message = Personality::Multipass.retell(&self.error.message);
+        let details = self.error.details.iter();
+        let details = details.map(|detail| Personality::Multipass.retell(detail));
         let first = match self.kind {
             Kind::Usage | Kind::TimedOut => message,
             _ => format!("{command} failed: {message}"),

@@ -51,6 +51,34 @@ impl Personality {
         }
     }
 
+    /// A message of the client, as it reads under this name. Only fixed phrases of our own are changed,
+    /// so that no path and no guest's word ever is.
+    pub fn retell(self, message: &str) -> String {
+        const PHRASES: [(&str, &str); 4] = [
+            (
+                "cannot connect to the pileus socket",
+                "cannot connect to the multipass socket",
+            ),
+            ("ensure pileusd is running", "ensure multipassd is running"),
+            (
+                "pileus socket access denied",
+                "multipass socket access denied",
+            ),
+            (
+                "Please ensure that pileus can",
+                "Please ensure that Multipass can",
+            ),
+        ];
+        if !self.multipass() {
+            return message.to_owned();
+        }
+        PHRASES
+            .iter()
+            .fold(message.to_owned(), |text, (ours, theirs)| {
+                text.replacen(ours, theirs, 1)
+            })
+    }
+
     /// The version that it says it is: tools ask for 1.14.1 or newer.
     pub fn version(self) -> &'static str {
         match self {

@@ -19,6 +19,9 @@ pub(crate) struct Progress {
     visible: bool,
     /// Whether the work's log lines are shown.
     logs: bool,
+    /// Whether warnings are kept back: scripts of Multipass take anything on standard error for a
+    /// failure.
+    silent: bool,
 }
 
 impl Progress {
@@ -32,7 +35,15 @@ impl Progress {
             lines: MultiProgress::with_draw_target(target),
             visible,
             logs,
+            silent: false,
         }
+    }
+
+    /// Without warnings.
+    #[must_use]
+    pub fn silent(mut self, silent: bool) -> Self {
+        self.silent = silent;
+        self
     }
 
     /// A line for the work on one instance or image; it goes away when dropped.
@@ -50,7 +61,7 @@ impl Progress {
             target: target.to_owned(),
             phase: None,
             warned: Vec::new(),
-            silent: false,
+            silent: self.silent,
         };
         line.spin();
         line

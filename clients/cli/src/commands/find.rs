@@ -26,6 +26,11 @@ pub struct Args {
 
 pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
     let search = args.search.as_deref().unwrap_or_default();
+    if search.matches(':').count() > 1 {
+        return Err(CommandError::usage(
+            "Invalid remote and search string supplied",
+        ));
+    }
     let catalog = context.client().await?.catalog().await?;
     let found = find(&catalog, search)?;
     context.print(&render::images::found(&found, args.format.format))
@@ -63,7 +68,12 @@ fn find(catalog: &[CatalogEntry], search: &str) -> Result<Vec<Found>, CommandErr
         .map(|(_, found)| found)
         .collect();
     if found.is_empty() {
-        let text = format!("Unable to find an image matching \"{search}\"");
+        let text = match remote {
+            Some(remote) => {
+                format!("Unable to find an image matching \"{name}\" in remote \"{remote}\".")
+            }
+            None => format!("Unable to find an image matching \"{search}\""),
+        };
         let err = Error::new(Code::ImageNotFound, text)
             .advise("pileus find without a name lists all images.");
         return Err(err.into());

@@ -61,6 +61,21 @@ pub struct Args {
     /// Wait so many seconds at most; the work goes on after that
     #[arg(long, value_name = "SECONDS", allow_hyphen_values = true)]
     pub timeout: Option<String>,
+    /// Return as soon as the daemon has taken the launch on
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Wait until the instance has initialized itself (it is what happens anyway)
+    #[arg(long, hide = true, conflicts_with = "no_wait")]
+    pub wait: bool,
+    /// Connect to a network of the host (not there yet)
+    #[arg(long, value_name = "SPEC")]
+    pub network: Vec<String>,
+    /// Connect to the network of local.bridged-network (not there yet)
+    #[arg(long)]
+    pub bridged: bool,
+    /// Mount a local folder (not there yet)
+    #[arg(long, value_name = "SOURCE[:TARGET]")]
+    pub mount: Vec<String>,
     /// Start from a template, or fail if there is none that fits
     #[arg(long, conflicts_with = "cold")]
     pub warm: bool,
@@ -70,11 +85,15 @@ pub struct Args {
 }
 
 pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
+    not_there_yet(&args)?;
     let request = request(&args, &context.env.current_folder).await?;
     let client = context.client().await?;
     let mut signals = Signals::to_end().map_err(|err| Error::io("Listening to signals", err))?;
     let operation = client.launch(&request).await?;
     let name = operation.target.clone();
+    if args.no_wait {
+        return context.print(&format!("Launching: {name}\n"));
+    }
     let mut line = context.progress().line(&name);
     let followed = follow(&client, operation, request.timeout, &mut signals, &mut line).await;
     let operation = match followed {
@@ -157,6 +176,58 @@ pub(crate) fn interrupted(signal: u8, message: &str) -> CommandError {
     CommandError::new(Kind::Signal(signal), Error::new(Code::Cancelled, message))
 }
 
+/// Refuses what is in the grammar for the sake of scripts and has no meaning yet: an instance without
+/// the network or the mount that was asked for would be a surprise.
+fn not_there_yet(args: &Args) -> Result<(), CommandError> {
+    for network in &args.network {
+        network_spec(network)?;
+    }
+    for mount in &args.mount {
+        let source = mount.split(':').next().unwrap_or_default();
+        crate::commands::mount::source(source)?;
+    }
+    if args.bridged || !args.network.is_empty() {
+        let text = "Networks of the host can not be given to instances in this version";
+        return Err(Error::new(Code::InvalidArgument, text)
+            .advise("Leave --network and --bridged out: every instance has its own network.")
+            .into());
+    }
+    if !args.mount.is_empty() {
+        return Err(crate::commands::mount::not_yet());
+    }
+    Ok(())
+}
+
+/// `NAME`, or `name=NAME[,mode=auto|manual][,mac=MAC]`.
+fn network_spec(text: &str) -> Result<(), CommandError> {
+    let bad = |why: String| Err(CommandError::usage(format!("error: {why}")));
+    if !text.contains('=') {
+        return match text {
+            "" => bad("a network needs a name".to_owned()),
+            _ => Ok(()),
+        };
+    }
+    let mut named = false;
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("name", name)) if !name.is_empty() => named = true,
+            Some(("mode", "auto" | "manual")) => {}
+            Some(("mac", mac)) if is_mac(mac) => {}
+            _ => return bad(format!("Bad network field: {part}")),
+        }
+    }
+    match named {
+        true => Ok(()),
+        false => bad("Bad network definition, need at least a 'name' field".to_owned()),
+    }
+}
+
+fn is_mac(text: &str) -> bool {
+    let parts: Vec<&str> = text.split(':').collect();
+    let hex = |part: &&str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+    parts.len() == 6 && parts.iter().all(hex)
+}
+
 /// Reads the options and the user data that they name.
 pub(crate) async fn request(args: &Args, folder: &Path) -> Result<LaunchRequest, CommandError> {
     let mut request = options(args, folder)?;
@@ -170,6 +241,14 @@ pub(crate) async fn request(args: &Args, folder: &Path) -> Result<LaunchRequest,
 /// Reads the options; nothing is asked of the daemon that can't work.
 fn options(args: &Args, folder: &Path) -> Result<LaunchRequest, CommandError> {
     let name = args.name.as_deref().map(name).transpose()?;
+    if let Some(image) = &args.image
+        && !image.contains('/')
+        && image.matches(':').count() > 1
+    {
+        return Err(CommandError::usage(
+            "Invalid remote and source image name supplied",
+        ));
+    }
     Ok(LaunchRequest {
         image: args.image.as_deref().map(|image| absolute(image, folder)),
         checksum: args.checksum.as_deref().map(checksum).transpose()?,
@@ -321,6 +400,46 @@ mod tests {
             read(|args| args.timeout = Some("0".into())).unwrap_err().0,
             1
         );
+    }
+
+    #[test]
+    fn networks_are_read() {
+        for good in [
+            "eth0",
+            "bridged",
+            "name=eth0",
+            "name=eth0,mode=manual",
+            "mode=auto,name=br0,mac=52:54:00:aB:cd:ef",
+        ] {
+            assert!(network_spec(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "name=",
+            "mode=auto",
+            "name=a,mode=x",
+            "name=a,mac=52:54",
+            "name=a,mac=52:54:00:00:00:0g",
+            "name=a,id=b",
+            "name=a,",
+        ] {
+            assert_eq!(network_spec(bad).unwrap_err().exit_code(), 1, "{bad}");
+        }
+    }
+
+    #[test]
+    fn one_colon_at_most() {
+        for bad in ["a:b:c", "::", "a::b"] {
+            let (code, text) = read(|args| args.image = Some(bad.into())).unwrap_err();
+            let known = "Invalid remote and source image name supplied\n";
+            assert_eq!((code, text.as_str()), (1, known), "{bad}");
+        }
+        for good in ["a:b", "https://h:1/a:b", "./a:b:c"] {
+            assert!(
+                read(|args| args.image = Some(good.into())).is_ok(),
+                "{good}"
+            );
+        }
     }
 
     #[test]
