@@ -3,6 +3,7 @@
 //!
 //! Next step on the way of the data: `daemon/src/service/`.
 
+mod console;
 mod events;
 mod exec;
 mod host;
@@ -72,6 +73,7 @@ fn documented() -> (Router<Service>, utoipa::openapi::OpenApi) {
         .routes(routes!(host::ssh))
         .routes(routes!(host::authenticate))
         .routes(routes!(networks::list))
+        .routes(routes!(console::console))
         .routes(routes!(port::port))
         .routes(routes!(instances::purge))
         .routes(routes!(snapshots::suspend))
@@ -216,6 +218,7 @@ mod tests {
             routes::INSTANCE_FORK,
             routes::INSTANCE_IDENTITY,
             routes::INSTANCE_SSH,
+            routes::INSTANCE_CONSOLE,
             routes::HOST,
             routes::NETWORKS,
             routes::USAGE,

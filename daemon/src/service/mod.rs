@@ -6,6 +6,7 @@
 
 pub(crate) mod admission;
 mod clone;
+mod console;
 mod convert;
 mod fork;
 mod guest;
