@@ -3,8 +3,9 @@
 
 use std::time::Duration;
 
-use pileus_base::{InstanceName, Result};
-use serde_json::json;
+use pileus_base::{Code, Error, InstanceName, Result};
+use serde_json::{Value, json};
+use tokio::time::{Instant, timeout_at};
 
 use super::clone::hex;
 use super::handle::Guest;
@@ -14,45 +15,69 @@ use crate::warm;
 const WALL_BOUND: Duration = Duration::from_secs(10);
 
 impl Guest {
-    /// Tells a guest that stood still what time it is, and gives it fresh randomness.
+    /// Tells a guest that stood still what time it is, gives it fresh randomness, and has it end what is
+    /// left of the connections that it had then. To be called when its processors run again.
     pub async fn resumed(&self, bound: Duration) -> Result<()> {
+        let until = Instant::now() + bound;
+        self.heard("resumed", until).await?;
+        // Now, because the guest may have needed a while to answer.
         let (entropy, time) = (warm::entropy()?, warm::now());
         let args = json!({ "entropy": hex(&entropy), "time": time });
-        self.tell("resumed", args, bound).await
+        match self.ask("resumed", args, until).await {
+            // Saved under an older pileus: its agent knows this much.
+            Err(err) if err.code == Code::ExecFailed && err.message.contains("unknown request") => {
+                let args = json!({ "unix": warm::now() });
+                self.ask("set-time", args, until).await
+            }
+            told => told,
+        }
     }
 
-    /// Gives the guest another host name.
+    /// Gives the guest another host name. What its seed says must have been changed before: cloud-init
+    /// asks it at the next boot.
     pub async fn rename(&self, name: &InstanceName, bound: Duration) -> Result<()> {
-        self.tell("rename", json!({ "hostname": name.as_str() }), bound)
-            .await
+        let args = json!({ "hostname": name.as_str() });
+        self.tell("rename", args, bound).await
     }
 
-    /// Grows the root file system to the disk's size.
+    /// Grows the root's partition and file system to the disk's size.
     pub async fn grow(&self, bound: Duration) -> Result<()> {
         self.tell("grow", json!({}), bound).await
     }
 
-    /// Shows a line to everybody who is logged in.
+    /// Shows a message to everybody who is logged in; what can't be printed is left out.
     pub async fn wall(&self, text: &str) -> Result<()> {
         self.tell("wall", json!({ "text": text }), WALL_BOUND).await
     }
 
-    /// Has the guest write what it holds back to its disk.
+    /// Has the guest write to its disks what it holds back.
     pub async fn sync(&self, bound: Duration) -> Result<()> {
         self.tell("sync", json!({}), bound).await
     }
 
-    async fn tell(&self, what: &str, args: serde_json::Value, bound: Duration) -> Result<()> {
-        let asked = async {
-            self.agent().wait_hello().await?;
-            self.agent().request(what, args, bound).await.map(drop)
-        };
-        match tokio::time::timeout(bound, asked).await {
-            Ok(told) => told,
-            Err(_) => Err(pileus_base::Error::new(
-                pileus_base::Code::GuestUnreachable,
-                format!("The guest's agent did not answer to {what}"),
+    /// The bound holds for the agent's first sign of life and the answer together.
+    async fn tell(&self, what: &str, args: Value, bound: Duration) -> Result<()> {
+        let until = Instant::now() + bound;
+        self.heard(what, until).await?;
+        self.ask(what, args, until).await
+    }
+
+    async fn heard(&self, what: &str, until: Instant) -> Result<()> {
+        match timeout_at(until, self.agent().wait_hello()).await {
+            Ok(hello) => hello.map(drop),
+            Err(_) => Err(Error::new(
+                Code::GuestUnreachable,
+                format!("The guest has no agent that could be asked for {what}"),
             )),
         }
     }
+
+    async fn ask(&self, what: &str, args: Value, until: Instant) -> Result<()> {
+        let left = until.saturating_duration_since(Instant::now());
+        self.agent().request(what, args, left).await.map(drop)
+    }
 }
+
+#[cfg(test)]
+#[path = "life_tests.rs"]
+mod tests;

@@ -36,7 +36,6 @@ pub const CLONE_PY: &str = concat!(
     include_str!("agent/quiesce.py"),
     include_str!("agent/identify.py"),
     include_str!("agent/identity.py"),
-    include_str!("agent/life.py"),
 );
 /// cloud-init's stages for a clone, in a process of their own.
 const STAGES_PY: &str = include_str!("agent/stages.py");

@@ -4,7 +4,6 @@
 # A clone becomes itself: in this order, so that nothing is reachable before it is unique. No program is
 # started on the way: with code that is translated anew in each clone, each would cost a tenth of a second.
 
-BLKFLSBUF = 0x1261
 NETWORK_BOUND = 20.0
 HOOK_BOUND = 60.0
 # The rest follows when the guest has nothing else to do for a while, and at the latest after a time.
@@ -234,18 +233,6 @@ class Network:
                 raise RuntimeError("the network card got no %s within %d s" % (missing, bound))
             poller.poll(20 if missing == "resolver" else 100)
             Agent.empty(lambda: self.sock.recv(65536))
-
-
-def flush_seed():
-    """The seed disk was exchanged under the guest: what it has in mind of it is the template's."""
-    try:
-        fd = os.open("/dev/vdb", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        fcntl.ioctl(fd, BLKFLSBUF)
-    finally:
-        os.close(fd)
 
 
 def identify(agent, request):

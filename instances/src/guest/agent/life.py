@@ -4,7 +4,7 @@
 
 CLOUD_LIB = "/var/lib/cloud"
 GENERATION = "/run/pileus/generation"
-RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207
+RNDADDENTROPY, RNDRESEEDCRNG, BLKFLSBUF = 0x40085203, 0x5207, 0x1261
 # A guest that stood still for longer asks for its addresses again.
 LONG_PAUSE = 60.0
 WALL_BOUND = 5
@@ -51,7 +51,7 @@ def reseed(entropy):
 
 def set_hostname(old, name):
     """In the kernel, in /etc, and in cloud-init's record, so that the next boot keeps it."""
-    if not re.match(r"^[A-Za-z0-9]([A-Za-z0-9-]{0,62}[A-Za-z0-9])?$", name):
+    if not re.match(r"^[A-Za-z0-9]([A-Za-z0-9-]{0,62}[A-Za-z0-9])?\Z", name):
         raise RuntimeError("not a host name")
     socket.sethostname(name)
     put("/etc/hostname", name + "\n")
@@ -60,6 +60,18 @@ def set_hostname(old, name):
         text = read_text(path)
         if text:
             put(path, word.sub(name, text))
+
+
+def flush_seed():
+    """The seed disk was exchanged under the guest: what it has in mind of it is out of date."""
+    try:
+        fd = os.open("/dev/vdb", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.ioctl(fd, BLKFLSBUF)
+    finally:
+        os.close(fd)
 
 
 def grow_root():
@@ -104,6 +116,7 @@ def rename(agent, request):
     old = socket.gethostname()
     if old != name:
         set_hostname(old, name)
+        flush_seed()
         os.sync()
     # Before the reply: whoever asks next is told the new name.
     agent.send(agent.hello())
