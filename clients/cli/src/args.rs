@@ -452,12 +452,34 @@ mod tests {
             "pileus verify-unique a b c",
             "pileus fork a -n 3 --name x --name y",
             "pileus list -vvvv --socket /x",
+            "pileus stop --time 5 a",
+            "pileus stop -t +5",
+            "pileus stop -c a b",
+            "pileus suspend --all",
+            "pileus snapshot a -n b -m c",
+            "pileus snapshot a --comment c --with-memory",
+            "pileus restore a.b -d",
+            "pileus clone a.b -nc",
+            "pileus rename a b",
+            "pileus delete a a.b -p",
+            "pileus info --snapshots a",
+            "pileus list --snapshots --format csv",
+            "pileus launch --no-wait",
+            "pileus launch --network eth0 --network name=br0 --bridged --mount /tmp:/x",
+            "pileus mount /tmp a:/x b -u 1:2 --gid-map 3:4 -t native",
+            "pileus unmount a:/x",
+            "pileus auth secret",
+            "pileus shell",
+            "pileus get --raw client.primary-name",
         ] {
             assert!(parsed(line).is_some(), "{line}");
         }
         for line in [
-            "pileus stop --time 5 a",
             "pileus list x",
+            "pileus find --only-images",
+            "pileus find --only-blueprints",
+            "pileus rename a",
+            "pileus suspend --time 5 a",
             "pileus launch a b",
             "pileus list --format xml",
             "pileus purge x",
@@ -471,5 +493,152 @@ mod tests {
         ] {
             assert!(parsed(line).is_none(), "{line}");
         }
+    }
+
+    fn as_multipass(line: &str) -> Result<Option<Command>, String> {
+        let args = line.split(' ').map(OsString::from);
+        let grammar = grammar(Personality::Multipass);
+        let matches = grammar.try_get_matches_from(args);
+        let parsed = matches.and_then(|matches| Cli::from_arg_matches(&matches));
+        let word = line.split(' ').nth(1).unwrap_or_default();
+        parsed
+            .map(|cli| cli.command)
+            .map_err(|err| usage::text(&err, word))
+    }
+
+    #[test]
+    fn the_other_names_grammar_holds() {
+        grammar(Personality::Multipass).debug_assert();
+        for line in [
+            "multipass launch 24.04 --name n -c 2 --mem 1G",
+            "multipass launch -c1 -d5G --name=n 24.04 --timeout 300 --cloud-init -",
+            "multipass launch --network name=eth0,mode=manual --bridged --mount /tmp:/x",
+            "multipass ls --format=json",
+            "multipass list -vvvv --no-ipv4",
+            "multipass info --all",
+            "multipass info foo foo.snap --format yaml --no-runtime-information",
+            "multipass find --format=json --force-update",
+            "multipass delete n --purge a",
+            "multipass stop foo -t 5",
+            "multipass copy-files a b",
+            "multipass set local.driver=qemu",
+            "multipass networks --format csv",
+            "multipass aliases --format json",
+        ] {
+            assert!(as_multipass(line).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
+    fn exec_takes_options_anywhere_before_two_dashes() {
+        for (line, dir, no_map, command) in [
+            ("multipass exec foo ls", None, false, vec!["ls"]),
+            (
+                "multipass exec foo ls a b",
+                None,
+                false,
+                vec!["ls", "a", "b"],
+            ),
+            ("multipass exec foo -- ls -l", None, false, vec!["ls", "-l"]),
+            ("multipass exec -n foo -- ls", None, true, vec!["ls"]),
+            (
+                "multipass exec foo -n -- ls -n",
+                None,
+                true,
+                vec!["ls", "-n"],
+            ),
+            (
+                "multipass exec foo -d /t -- pwd",
+                Some("/t"),
+                false,
+                vec!["pwd"],
+            ),
+            (
+                "multipass exec foo pwd -d /t",
+                Some("/t"),
+                false,
+                vec!["pwd"],
+            ),
+            (
+                "multipass exec foo -- a -- b",
+                None,
+                false,
+                vec!["a", "--", "b"],
+            ),
+        ] {
+            let Ok(Some(Command::Exec(args))) = as_multipass(line) else {
+                panic!("{line}");
+            };
+            assert_eq!(args.name, "foo", "{line}");
+            assert_eq!(args.working_directory.as_deref(), dir, "{line}");
+            assert_eq!(args.no_map_working_directory, no_map, "{line}");
+            assert_eq!(args.command, command, "{line}");
+        }
+    }
+
+    #[test]
+    fn what_can_not_work_has_the_other_names_texts() {
+        let hint = "\nOptions to the inner command should come after \"--\", like this:\n\
+                    multipass exec <instance> -- <command> <arguments>";
+        for (line, text) in [
+            ("multipass list --nope", "Unknown option 'nope'."),
+            ("multipass list -x", "Unknown option 'x'."),
+            (
+                "multipass find --only-images",
+                "Unknown option 'only-images'.",
+            ),
+            ("multipass list --format xml", "Invalid format type given."),
+            ("multipass list x", "This command takes no arguments"),
+            ("multipass purge x", "This command takes no arguments"),
+            ("multipass version x", "This command takes no arguments"),
+            ("multipass wait-ready x", "This command takes no arguments"),
+            ("multipass launch a b", "Too many arguments supplied"),
+            ("multipass launch --name", "Missing value after '--name'."),
+            ("multipass find a b", "Wrong number of arguments"),
+            ("multipass shell a b", "Too many arguments given"),
+            ("multipass exec foo", "Wrong number of arguments"),
+            ("multipass exec", "Wrong number of arguments"),
+            (
+                "multipass exec foo ls -l",
+                &format!("Unknown option 'l'.\n{hint}"),
+            ),
+            (
+                "multipass exec foo ls --all",
+                &format!("Unknown option 'all'.\n{hint}"),
+            ),
+            (
+                "multipass exec foo -d /x -n -- ls",
+                "Options --working-directory and --no-map-working-directory clash",
+            ),
+            ("multipass mount /tmp", "Not enough arguments given"),
+            (
+                "multipass set",
+                "Need exactly one key-value pair (in <key>=<value> form).",
+            ),
+        ] {
+            let err = as_multipass(line).unwrap_err();
+            assert_eq!(err, format!("{text}\n"), "{line}");
+        }
+    }
+
+    #[test]
+    fn only_its_own_commands_are_known_under_the_other_name() {
+        for word in [
+            "launch",
+            "ls",
+            "sh",
+            "connect",
+            "unmount",
+            "auth",
+            "copy-files",
+        ] {
+            assert!(is_command(Personality::Multipass, word), "{word}");
+        }
+        for word in [
+            "run", "fork", "rename", "template", "logs", "doctor", "nope", "",
+        ] {
+            assert!(!is_command(Personality::Multipass, word), "{word}");
+        }
+        assert!(is_command(Personality::Pileus, "rename"));
     }
 }

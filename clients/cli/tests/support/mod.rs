@@ -52,6 +52,13 @@ pub struct Script {
     pub forks: Vec<serde_json::Value>,
     pub identities: Vec<serde_json::Value>,
     pub settings: Vec<(String, String)>,
+    /// As the API writes them.
+    pub snapshots: Vec<serde_json::Value>,
+    pub catalog: Vec<serde_json::Value>,
+    /// What settings refuse: key and error.
+    pub bad_setting: Option<(String, Code, String)>,
+    /// The bodies of what was sent: `POST /v1/instances/foo/stop` and its JSON.
+    pub bodies: Vec<(String, serde_json::Value)>,
     /// How the operations' phases went.
     pub phases: Vec<PhaseTime>,
     pub log: Vec<u8>,
@@ -117,6 +124,8 @@ impl Daemon {
         command
             .args(line.split(' ').filter(|word| !word.is_empty()))
             .env_remove("PILEUS_STORAGE")
+            .env_remove("XDG_CONFIG_HOME")
+            .env_remove("XDG_DATA_HOME")
             .env("PILEUS_SOCKET", self.socket())
             .env("HOME", self.dir.path())
             .env("TZ", "Europe/Berlin")
@@ -127,6 +136,33 @@ impl Daemon {
 
     pub fn run(&self, line: &str) -> Ran {
         Ran::of(&self.command(line).output().unwrap())
+    }
+
+    /// The program called by the name `multipass`.
+    pub fn multipass_command(&self, line: &str) -> Command {
+        let link = self.dir.path().join("multipass");
+        // Several threads of a test may come here.
+        let _ = std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_pileus"), &link);
+        let mut command = Command::new(link);
+        command.env_clear().env("PATH", "/usr/bin:/bin");
+        for (key, value) in self.command(line).get_envs() {
+            if let Some(value) = value {
+                command.env(key, value);
+            }
+        }
+        command
+            .args(self.command(line).get_args())
+            .stdin(Stdio::null());
+        command
+    }
+
+    pub fn multipass(&self, line: &str) -> Ran {
+        Ran::of(&self.multipass_command(line).output().unwrap())
+    }
+
+    /// What was sent since the last look, and where.
+    pub fn bodies(&self) -> Vec<(String, serde_json::Value)> {
+        std::mem::take(&mut self.script.lock().unwrap().bodies)
     }
 
     pub fn calls(&self) -> Vec<String> {
@@ -172,7 +208,8 @@ pub fn instance(name: &str, state: &str) -> Instance {
         "ipv4": if state == "running" { vec!["10.1.2.3"] } else { vec![] },
         "created_at": "2026-11-21T20:00:00Z", "started_at": null, "phases": [],
         "cloud_init": null, "last_error": null, "report": null,
-        "origin": {"kind": "cold"}, "lease_expires_at": null,
+        "origin": {"kind": "cold"}, "lease_expires_at": null, "shutdown_at": null,
+        "suspended": null, "pending": null, "snapshots": 0, "autostart": "last", "on_crash": "stop",
         "snapshots": 0, "autostart": "last", "on_crash": "stop",
     });
     serde_json::from_value(json).unwrap()
@@ -184,6 +221,21 @@ fn router(app: App) -> Router {
         .route("/v1/instances", get(list).post(launch))
         .route("/v1/instances/{name}", get(one).delete(work))
         .route("/v1/instances/{name}/{verb}", post(work).get(read))
+        .route(
+            "/v1/instances/{name}/snapshots",
+            get(snapshots_of).post(take_snapshot),
+        )
+        .route(
+            "/v1/instances/{name}/snapshots/{snapshot}",
+            get(snapshot).delete(on_snapshot),
+        )
+        .route(
+            "/v1/instances/{name}/snapshots/{snapshot}/restore",
+            post(on_snapshot),
+        )
+        .route("/v1/snapshots", get(snapshots))
+        .route("/v1/catalog", get(catalog))
+        .route("/v1/authenticate", post(authenticate))
         .route("/v1/templates", get(templates).post(create_template))
         .route("/v1/templates/prune", post(prune))
         .route("/v1/templates/{id}", get(template).delete(delete_template))
@@ -202,7 +254,16 @@ async fn note(
     next: axum::middleware::Next,
 ) -> Response {
     let call = format!("{} {}", request.method(), request.uri());
-    app.script.lock().unwrap().calls.push(call);
+    app.script.lock().unwrap().calls.push(call.clone());
+    if !matches!(request.method().as_str(), "POST" | "PUT") {
+        return next.run(request).await;
+    }
+    let (parts, body) = request.into_parts();
+    let bytes = axum::body::to_bytes(body, 1 << 20).await.unwrap();
+    if let Ok(json) = serde_json::from_slice(&bytes) {
+        app.script.lock().unwrap().bodies.push((call, json));
+    }
+    let request = axum::extract::Request::from_parts(parts, bytes.into());
     next.run(request).await
 }
 
@@ -282,6 +343,87 @@ fn new_operation(app: &App, kind: OperationKind, target: &str) -> Operation {
     operation
 }
 
+/// A snapshot with little to tell.
+pub fn snapshot_json(instance: &str, name: &str, parent: Option<&str>) -> serde_json::Value {
+    serde_json::json!({
+        "id": uuid::Uuid::new_v4(), "instance": instance, "name": name, "comment": "",
+        "parent": parent, "children": [], "head": true, "created_at": "2026-11-21T20:00:00Z",
+        "cpus": 1, "memory": 1_u64 << 30, "disk": 5_u64 << 30, "with_memory": false, "size": 1 << 20,
+    })
+}
+
+async fn snapshots(State(app): State<App>) -> Json<Vec<serde_json::Value>> {
+    Json(app.script.lock().unwrap().snapshots.clone())
+}
+
+async fn snapshots_of(
+    State(app): State<App>,
+    Path(name): Path<String>,
+) -> Json<Vec<serde_json::Value>> {
+    let mut snapshots = app.script.lock().unwrap().snapshots.clone();
+    snapshots.retain(|snapshot| snapshot["instance"] == name);
+    Json(snapshots)
+}
+
+async fn take_snapshot(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Json(request): Json<serde_json::Value>,
+) -> Response {
+    let known = app.script.lock().unwrap().instances.clone();
+    if known.iter().all(|i| i.name.as_str() != name) {
+        return missing(&name);
+    }
+    let operation = new_operation(&app, OperationKind::Snapshot, &name);
+    let taken = request["name"].as_str().unwrap_or("snapshot1");
+    let reply = serde_json::json!({"operation": operation, "name": taken});
+    (StatusCode::ACCEPTED, Json(reply)).into_response()
+}
+
+fn find_snapshot(app: &App, instance: &str, name: &str) -> Result<serde_json::Value, Response> {
+    let script = app.script.lock().unwrap();
+    let mut all = script.snapshots.iter();
+    let found = all.find(|s| s["instance"] == instance && s["name"] == name);
+    found.cloned().ok_or_else(|| {
+        let text = format!("No such snapshot: {instance}.{name}");
+        let error = Error::new(Code::SnapshotNotFound, text).into();
+        (StatusCode::NOT_FOUND, Json(ErrorReply { error })).into_response()
+    })
+}
+
+async fn snapshot(
+    State(app): State<App>,
+    Path((instance, name)): Path<(String, String)>,
+) -> Response {
+    match find_snapshot(&app, &instance, &name) {
+        Ok(snapshot) => Json(snapshot).into_response(),
+        Err(response) => response,
+    }
+}
+
+async fn on_snapshot(
+    State(app): State<App>,
+    Path((instance, name)): Path<(String, String)>,
+) -> Response {
+    match find_snapshot(&app, &instance, &name) {
+        Ok(_) => begin(&app, OperationKind::Restore, &instance),
+        Err(response) => response,
+    }
+}
+
+async fn catalog(State(app): State<App>) -> Json<Vec<serde_json::Value>> {
+    Json(app.script.lock().unwrap().catalog.clone())
+}
+
+async fn authenticate(Json(request): Json<serde_json::Value>) -> Response {
+    if request["passphrase"] == "open sesame" {
+        return StatusCode::NO_CONTENT.into_response();
+    }
+    let text = "Passphrase is not correct. Please try again.";
+    let error = Error::new(Code::WrongPassphrase, text).into();
+    (StatusCode::FORBIDDEN, Json(ErrorReply { error })).into_response()
+}
+
 async fn templates(State(app): State<App>) -> Json<Vec<serde_json::Value>> {
     Json(app.script.lock().unwrap().templates.clone())
 }
@@ -350,12 +492,18 @@ async fn set(
     State(app): State<App>,
     Path(key): Path<String>,
     Json(request): Json<serde_json::Value>,
-) -> Json<serde_json::Value> {
+) -> Response {
     let value = request["value"].as_str().unwrap().to_owned();
     let mut script = app.script.lock().unwrap();
+    if let Some((bad, code, text)) = &script.bad_setting
+        && *bad == key
+    {
+        let error = Error::new(*code, text.clone()).into();
+        return (StatusCode::BAD_REQUEST, Json(ErrorReply { error })).into_response();
+    }
     script.settings.retain(|s| s.0 != key);
     script.settings.push((key.clone(), value.clone()));
-    Json(setting_json(&(key, value)))
+    Json(setting_json(&(key, value))).into_response()
 }
 
 async fn work(State(app): State<App>, request: axum::extract::Request) -> Response {
@@ -394,6 +542,15 @@ async fn work(State(app): State<App>, request: axum::extract::Request) -> Respon
                 let reply = serde_json::json!({"operation": operation, "names": names});
                 return (StatusCode::ACCEPTED, Json(reply)).into_response();
             }
+            "clone" => {
+                drop(script);
+                let operation = new_operation(&app, OperationKind::Clone, name);
+                let clone = json()["name"].as_str().map(str::to_owned);
+                let clone = clone.unwrap_or_else(|| format!("{name}-clone1"));
+                let reply = serde_json::json!({"operation": operation, "name": clone});
+                return (StatusCode::ACCEPTED, Json(reply)).into_response();
+            }
+            "rename" => return Json(&*instance).into_response(),
             "start" => instance.state = pileus_api::InstanceState::Running,
             "recover" => {
                 instance.deleted = false;
