@@ -191,3 +191,51 @@ fn a_reader_that_is_gone_ends_it_quietly() {
     let ran = Ran::of(&child.wait_with_output().unwrap());
     assert_eq!((ran.code, ran.err.as_str()), (141, ""));
 }
+
+#[test]
+fn a_tree_of_many_folders_needs_few_files_open() {
+    let Some(daemon) = daemon() else { return };
+    for i in 0..300 {
+        let folder = daemon.host(&format!("tree/{}/{i}/deep", i % 7));
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("file"), i.to_string()).unwrap();
+        // Folders that can't be written to, in folders that can't either.
+        for folder in [&folder, folder.parent().unwrap()] {
+            fs::set_permissions(folder, fs::Permissions::from_mode(0o500)).unwrap();
+        }
+    }
+    let run = |line: &str| {
+        let mut command = daemon.command("");
+        let program = command.get_program().to_owned();
+        let line = format!("ulimit -n 100; exec \"$0\" {line}");
+        let mut limited = std::process::Command::new("/bin/sh");
+        limited
+            .arg("-c")
+            .arg(line)
+            .arg(program)
+            .current_dir(daemon.host(""));
+        limited
+            .env_clear()
+            .envs(command.get_envs().filter_map(|(k, v)| Some((k, v?))));
+        command = limited;
+        Ran::of(&command.output().unwrap())
+    };
+    assert_eq!(run("transfer -r tree foo:tree"), Ran::ok(""));
+    assert_eq!(run("transfer -r foo:tree back"), Ran::ok(""));
+    for i in 0..300 {
+        let folder = daemon.host(&format!("back/{}/{i}", i % 7));
+        let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode(&folder) & 0o777, 0o500, "{i}");
+        assert_eq!(mode(&folder.join("deep")) & 0o777, 0o500, "{i}");
+        assert_eq!(
+            fs::read_to_string(folder.join("deep/file")).unwrap(),
+            i.to_string()
+        );
+    }
+    // So that an ordinary user can remove all this again.
+    let mut open = std::process::Command::new("chmod");
+    open.args(["-R", "u+w"])
+        .arg(daemon.dir.path())
+        .status()
+        .unwrap();
+}

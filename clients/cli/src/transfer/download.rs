@@ -27,7 +27,9 @@ use crate::sftp::wire::{Attrs, Kind, Name, flags};
 const AHEAD: usize = 64;
 const MAX_DEPTH: usize = 128;
 /// Names in all folders of one source.
-const MAX_ENTRIES: usize = 2_000_000;
+const MAX_ENTRIES: usize = 1_000_000;
+/// Bytes of paths that are kept for the end of one source.
+const MAX_PATHS: usize = 64 << 20;
 /// Longest name that Linux has.
 const MAX_NAME: usize = 255;
 
@@ -38,12 +40,25 @@ pub(super) struct Download {
     pub options: Options,
 }
 
-/// A folder of the guest that is being copied.
+/// A folder of the guest that is being copied. Only those from the source down to the present one are
+/// open, however many there are.
 struct Folder {
     path: Vec<u8>,
+    /// Its name below the source's own folder, part by part.
+    below: Vec<OsString>,
     to: Arc<OwnedFd>,
     mode: u32,
-    depth: usize,
+    rest: std::vec::IntoIter<Name>,
+}
+
+/// What is still to be taken of one source, and what is to be done at its end.
+struct Tree {
+    /// How many names may still come.
+    entries: usize,
+    /// How many bytes of paths may still be kept.
+    bytes: usize,
+    /// Folders that their owner may not fill, which they have to be before.
+    late: Vec<(Vec<OsString>, u32)>,
 }
 
 impl Download {
@@ -109,42 +124,61 @@ impl Download {
         found: Attrs,
         jobs: &mut Jobs,
     ) -> Result<(), String> {
-        let begin = Folder {
-            path: source.to_vec(),
-            to: enter(to, name)?,
-            mode: permissions(found),
-            depth: 0,
+        let mut tree = Tree {
+            entries: MAX_ENTRIES,
+            bytes: MAX_PATHS,
+            late: Vec::new(),
         };
-        let mut open = vec![begin];
-        let mut entries = 0;
-        let mut modes = Vec::new();
-        while let Some(folder) = open.pop() {
-            let listed = self.list(&folder.path, &mut entries).await;
-            let names = match listed {
-                Ok(names) => names,
-                Err(text) => {
-                    self.report.fail(&text);
-                    continue;
-                }
+        let root = enter(to, name)?;
+        let begin = self.open(source.to_vec(), Vec::new(), root.clone(), found, &mut tree);
+        let mut open = vec![begin.await?];
+        while let Some(folder) = open.last_mut() {
+            let Some(found) = folder.rest.next() else {
+                tree.close(folder)?;
+                open.pop();
+                continue;
             };
-            for found in names {
-                let inner = self.entry(&folder, found, jobs).await;
-                match inner {
-                    Ok(inner) => open.extend(inner),
-                    Err(text) => self.report.fail(&text),
-                }
-            }
-            modes.push((folder.to, folder.mode));
-        }
-        // A folder that may not be written to could not have been filled before.
-        jobs.finish().await;
-        for (folder, mode) in modes.into_iter().rev() {
-            if let Err(err) = rustix::fs::fchmod(&*folder, Mode::from_raw_mode(mode)) {
+            if open.len() > MAX_DEPTH {
                 self.report
-                    .fail(&format!("cannot set the mode of a folder: {err}"));
+                    .fail(&format!("\"{}\" lies too deep", shown(source)));
+                open.pop();
+                continue;
             }
+            let Some(folder) = open.last() else { break };
+            match self.entry(folder, found, &mut tree, jobs).await {
+                Ok(inner) => open.extend(inner),
+                Err(text) => self.report.fail(&text),
+            }
+        }
+        jobs.finish().await;
+        // Inner ones come first: without its outer ones' leave a folder can't be reached.
+        for (below, mode) in tree.late {
+            let set = below
+                .iter()
+                .try_fold(root.clone(), |at, name| enter(&at, name));
+            let set = set.and_then(|folder| set_mode(&folder, mode));
+            set.unwrap_or_else(|text| self.report.fail(&text));
         }
         Ok(())
+    }
+
+    /// Lists a folder that is there on the host already.
+    async fn open(
+        &self,
+        path: Vec<u8>,
+        below: Vec<OsString>,
+        to: Arc<OwnedFd>,
+        found: Attrs,
+        tree: &mut Tree,
+    ) -> Result<Folder, String> {
+        let rest = self.list(&path, &mut tree.entries).await?.into_iter();
+        Ok(Folder {
+            path,
+            below,
+            to,
+            mode: permissions(found),
+            rest,
+        })
     }
 
     /// Copies what a folder holds under one name; gives back a folder that is to be copied.
@@ -152,6 +186,7 @@ impl Download {
         &self,
         folder: &Folder,
         found: Name,
+        tree: &mut Tree,
         jobs: &mut Jobs,
     ) -> Result<Option<Folder>, String> {
         let path = [&folder.path[..], b"/", &found.name].concat();
@@ -162,15 +197,11 @@ impl Download {
             attrs = found.map_err(|failure| cannot_open(&path, &failure))?;
         }
         match attrs.kind() {
-            Kind::Folder if folder.depth >= MAX_DEPTH => {
-                Err(format!("\"{}\" lies too deep", shown(&path)))
+            Kind::Folder => {
+                let to = enter(&folder.to, name)?;
+                let below = [&folder.below[..], &[name.to_owned()]].concat();
+                self.open(path, below, to, attrs, tree).await.map(Some)
             }
-            Kind::Folder => Ok(Some(Folder {
-                to: enter(&folder.to, name)?,
-                mode: permissions(attrs),
-                depth: folder.depth + 1,
-                path,
-            })),
             Kind::Link => {
                 self.link(&path, &folder.to, name).await?;
                 Ok(None)
@@ -204,14 +235,18 @@ impl Download {
                 Ok(names) => names,
                 Err(failure) => break Err(failed(failure)),
             };
-            *entries += names.len();
-            if *entries > MAX_ENTRIES {
+            let Some(left) = entries.checked_sub(names.len()) else {
                 break Err(format!("\"{}\" holds too many files", shown(path)));
-            }
+            };
+            *entries = left;
             for found in names {
                 match &found.name[..] {
                     b"." | b".." => {}
-                    name if is_name(name) => all.push(found),
+                    // A copy, since the packet that it came in may be much larger.
+                    name if is_name(name) => all.push(Name {
+                        name: Bytes::copy_from_slice(name),
+                        attrs: found.attrs,
+                    }),
                     name => self.report.fail(&format!(
                         "the guest's folder \"{}\" has a name that is refused: \"{}\"",
                         shown(path),
@@ -361,6 +396,32 @@ impl Download {
         }
         format!("cannot write what was read: {}", os_text(err))
     }
+}
+
+impl Tree {
+    /// All of a folder is on its way. Its mode is set now if it does not hinder what is still under way.
+    fn close(&mut self, folder: &mut Folder) -> Result<(), String> {
+        const OWNER: u32 = 0o700;
+        if folder.mode & OWNER == OWNER {
+            return set_mode(&folder.to, folder.mode);
+        }
+        let below = std::mem::take(&mut folder.below);
+        let bytes: usize = below
+            .iter()
+            .map(|name| name.len() + size_of::<OsString>())
+            .sum();
+        self.bytes = self
+            .bytes
+            .checked_sub(bytes + 64)
+            .ok_or("the guest's folders are too many")?;
+        self.late.push((below, folder.mode));
+        Ok(())
+    }
+}
+
+fn set_mode(folder: &OwnedFd, mode: u32) -> Result<(), String> {
+    let set = rustix::fs::fchmod(folder, Mode::from_raw_mode(mode));
+    set.map_err(|err| format!("cannot set the mode of a folder: {}", os_text(&err.into())))
 }
 
 /// Whether bytes are one name in a folder.
