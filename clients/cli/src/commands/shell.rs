@@ -29,7 +29,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
     };
     let client = context.client().await?;
     match client.instance(&name).await {
-        Ok(instance) => ends_soon(&instance)?,
+        Ok(instance) => ends_soon(&instance, context.env.personality.program())?,
         Err(err) if err.code == Code::InstanceNotFound && primary::is(context, &name)? => {
             primary::launch(context, &name, args.timeout).await?;
         }
@@ -40,7 +40,7 @@ pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
 }
 
 /// Nobody is let in who would be thrown out at once.
-fn ends_soon(instance: &Instance) -> Result<(), Error> {
+fn ends_soon(instance: &Instance, program: &str) -> Result<(), Error> {
     let Some(at) = instance.shutdown_at else {
         return Ok(());
     };
@@ -49,7 +49,7 @@ fn ends_soon(instance: &Instance) -> Result<(), Error> {
     }
     let name = &instance.name;
     let text = format!(
-        "instance \"{name}\" is scheduled to shut down in less than a minute, use 'multipass stop \
+        "instance \"{name}\" is scheduled to shut down in less than a minute, use '{program} stop \
          --cancel {name}' to cancel the shutdown."
     );
     Err(Error::new(Code::WrongState, text))
