@@ -100,7 +100,7 @@ pub struct ForkRequest {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ForkReply {
-    /// Among its phases, `forking` is the time for which the instance stood still.
+    /// Among its phases, `halted` is the time for which the instance stood still.
     pub operation: Operation,
     pub names: Vec<InstanceName>,
 }

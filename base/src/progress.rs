@@ -42,8 +42,8 @@ pub enum Phase {
     Quieting,
     /// Saving a machine as a template.
     Saving,
-    /// An instance stands still while its memory is taken.
-    Forking,
+    /// How long a guest stood still while its disk or memory was taken.
+    Halted,
     /// Waiting for the guest to shut down.
     Stopping,
     /// Writing an instance's memory to disk, to go on later.
@@ -74,7 +74,7 @@ impl Phase {
             Phase::Identifying => "identifying",
             Phase::Quieting => "quieting",
             Phase::Saving => "saving",
-            Phase::Forking => "forking",
+            Phase::Halted => "halted",
             Phase::Stopping => "stopping",
             Phase::Suspending => "suspending",
             Phase::Resuming => "resuming",

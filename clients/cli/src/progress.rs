@@ -110,7 +110,7 @@ impl Line {
                 if let Some(total) = progress.total {
                     if self.bar.length() != Some(total) {
                         self.style(match self.phase {
-                            Some(Phase::BuildingImage | Phase::Forking | Phase::Restoring) => {
+                            Some(Phase::BuildingImage | Phase::Halted | Phase::Restoring) => {
                                 PERCENT
                             }
                             _ => BAR,
@@ -187,7 +187,7 @@ pub(crate) fn phase_text(phase: Phase, target: &str) -> String {
         Phase::Identifying => format!("Giving {target} its identity"),
         Phase::Quieting => format!("Bringing {target} to a quiet point"),
         Phase::Saving => format!("Saving {target}"),
-        Phase::Forking => format!("Forking {target}"),
+        Phase::Halted => format!("Forking {target}"),
         Phase::Stopping => format!("Stopping {target}"),
         Phase::Suspending => format!("Suspending {target}"),
         Phase::Resuming => format!("Resuming {target}"),

@@ -100,7 +100,7 @@ fn launch_says_how_it_is_to_start() {
 fn fork_prints_the_names() {
     let daemon = daemon();
     daemon.script.lock().unwrap().phases = vec![PhaseTime {
-        phase: Phase::Forking,
+        phase: Phase::Halted,
         milliseconds: 1_042,
     }];
     let names = "foo-fork1\nfoo-fork2\n";

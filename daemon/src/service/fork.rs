@@ -142,7 +142,7 @@ impl Service {
             memory: Some((file, SavedFile::Suspended)),
         };
         let frozen = source.machine_soon().await?.freeze(freeze).await?;
-        report.took(Phase::Forking, frozen.paused);
+        report.took(Phase::Halted, frozen.paused);
         let saved = frozen
             .saved
             .ok_or_else(|| Error::internal("A fork has no memory"))?;

@@ -227,7 +227,7 @@ impl Service {
     ) -> Result<Option<Saved>> {
         let (_, layer) = self.freeze_disk(instance).await?;
         let frozen = instance.machine()?.freeze(Freeze { layer, memory }).await?;
-        report.took(Phase::Snapshotting, frozen.paused);
+        report.took(Phase::Halted, frozen.paused);
         Ok(frozen.saved)
     }
 

@@ -41,7 +41,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
     if operation.state != OperationState::Succeeded {
         return Err(CommandError::of_operation(operation));
     }
-    let pause = operation.phases.iter().find(|p| p.phase == Phase::Forking);
+    let pause = operation.phases.iter().find(|p| p.phase == Phase::Halted);
     if let Some(pause) = pause.filter(|_| context.env.terminals.stderr || context.verbose > 0) {
         let (seconds, rest) = (pause.milliseconds / 1000, pause.milliseconds % 1000);
         tell(&format!(
