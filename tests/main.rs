@@ -5,6 +5,7 @@
 //! of them serves as many checks as it can.
 
 mod fake_faults;
+mod fake_host;
 mod fake_life;
 mod fake_requests;
 mod fake_warm;
