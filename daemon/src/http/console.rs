@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 
 use super::{Path, Reply};
 use crate::service::Service;
+use crate::service::console::Console;
 
 /// The largest message of a client.
 const MAX_MESSAGE: usize = 1 << 20;
@@ -41,21 +42,23 @@ pub async fn console(
 ) -> Reply<Response> {
     let upgrade = upgrade.map_err(|err| Error::new(Code::InvalidArgument, err.body_text()))?;
     // Attached first, so that the reply tells whether it worked.
-    let mut console = service.console(&name).await?;
+    let console = service.console(&name).await?;
     Ok(upgrade
         .max_message_size(MAX_MESSAGE)
-        .on_upgrade(move |socket| async move {
-            let (from_guest, to_guest) = console.stream.split();
-            let (to_client, from_client) = socket.split();
-            let (queue, queued) = mpsc::channel(QUEUE);
-            // Whichever ends first ends all; the console is free again when this returns.
-            tokio::select! {
-                () = up(from_client, to_guest) => {}
-                () = async {
-                    tokio::join!(down(from_guest, queue), deliver(queued, to_client));
-                } => {}
-            }
-        }))
+        .on_upgrade(move |socket| carry(socket, console)))
+}
+
+/// Carries bytes until either side ends. The console is free again when this returns.
+async fn carry(socket: WebSocket, mut console: Console) {
+    let (from_guest, to_guest) = console.stream.split();
+    let (to_client, from_client) = socket.split();
+    let (queue, queued) = mpsc::channel(QUEUE);
+    tokio::select! {
+        () = up(from_client, to_guest) => {}
+        () = async {
+            tokio::join!(down(from_guest, queue), deliver(queued, to_client));
+        } => {}
+    }
 }
 
 /// What the client types, to its end.

@@ -6,7 +6,7 @@
 
 pub(crate) mod admission;
 mod clone;
-mod console;
+pub(crate) mod console;
 mod convert;
 mod fork;
 mod guest;
