@@ -233,7 +233,9 @@ pub fn grammar(personality: Personality) -> clap::Command {
     let shown = |arg: clap::Arg| {
         let ours = arg.get_long().is_some_and(general_help::is_own_option);
         let hidden = ours || arg.is_hide_set();
-        arg.hide(hidden)
+        let help = arg.get_help().map(ToString::to_string);
+        let help = help.map(|help| help.replace("pileus", "multipass"));
+        arg.hide(hidden).help(help.unwrap_or_default())
     };
     root.name("multipass")
         .bin_name("multipass")

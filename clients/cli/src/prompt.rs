@@ -56,8 +56,9 @@ pub(crate) async fn secret(
     if !live(context) {
         return answer().await;
     }
-    context.print(prompt)?;
+    // Before the question: a quick hand answers at once.
     let quiet = Quiet::enter().map_err(|err| Error::io("Setting up the terminal", err))?;
+    context.print(prompt)?;
     let line = answer().await;
     drop(quiet);
     // The Enter key was not shown either.

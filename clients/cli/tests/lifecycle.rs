@@ -9,7 +9,8 @@ use std::process::Stdio;
 use pileus_api::{Code, ErrorBody};
 use pileus_base::Error;
 use serde_json::json;
-use support::{Daemon, Ran, instance, snapshot_json};
+use support::snapshots::snapshot_json;
+use support::{Daemon, Ran, instance};
 
 fn daemon() -> Daemon {
     let daemon = Daemon::start(vec![

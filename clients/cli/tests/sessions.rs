@@ -8,8 +8,8 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal};
-use rustix::pty::OpenptFlags;
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
+use support::terminal::terminal;
 use support::{Daemon, Ran, instance};
 
 fn daemon() -> Daemon {
@@ -157,22 +157,6 @@ fn signals_go_to_the_command() {
         read_until(&mut stdout, &told);
     }
     assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
-}
-
-/// A terminal of its own: master and slave.
-fn terminal() -> (File, File) {
-    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
-    let master = rustix::pty::openpt(flags).unwrap();
-    rustix::pty::grantpt(&master).unwrap();
-    rustix::pty::unlockpt(&master).unwrap();
-    let name = rustix::pty::ptsname(&master, Vec::new()).unwrap();
-    let slave = rustix::fs::open(
-        name,
-        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY,
-        rustix::fs::Mode::empty(),
-    )
-    .unwrap();
-    (File::from(master), File::from(slave))
 }
 
 fn resize(terminal: &File, cols: u16, rows: u16) {

@@ -1,6 +1,10 @@
 //! A daemon that plays by a script on a Unix socket, and the program `pileus` run against it.
 #![allow(dead_code)] // Each test file uses its own part of this.
 
+mod settings;
+pub mod snapshots;
+pub mod terminal;
+
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
@@ -216,31 +220,12 @@ pub fn instance(name: &str, state: &str) -> Instance {
 }
 
 fn router(app: App) -> Router {
-    Router::new()
+    snapshots::routes()
+        .merge(settings::routes())
         .route("/v1/server", get(server))
         .route("/v1/instances", get(list).post(launch))
         .route("/v1/instances/{name}", get(one).delete(work))
         .route("/v1/instances/{name}/{verb}", post(work).get(read))
-        .route(
-            "/v1/instances/{name}/snapshots",
-            get(snapshots_of).post(take_snapshot),
-        )
-        .route(
-            "/v1/instances/{name}/snapshots/{snapshot}",
-            get(snapshot).delete(on_snapshot),
-        )
-        .route(
-            "/v1/instances/{name}/snapshots/{snapshot}/restore",
-            post(on_snapshot),
-        )
-        .route("/v1/snapshots", get(snapshots))
-        .route("/v1/catalog", get(catalog))
-        .route("/v1/authenticate", post(authenticate))
-        .route("/v1/templates", get(templates).post(create_template))
-        .route("/v1/templates/prune", post(prune))
-        .route("/v1/templates/{id}", get(template).delete(delete_template))
-        .route("/v1/settings", get(settings))
-        .route("/v1/settings/{key}", get(setting).put(set))
         .route("/v1/purge", post(async || Json(vec!["old"])))
         .route("/v1/operations/{id}", delete(cancel))
         .route("/v1/operations/{id}/events", get(events))
@@ -341,169 +326,6 @@ fn new_operation(app: &App, kind: OperationKind, target: &str) -> Operation {
     };
     app.running.lock().unwrap().push(operation.clone());
     operation
-}
-
-/// A snapshot with little to tell.
-pub fn snapshot_json(instance: &str, name: &str, parent: Option<&str>) -> serde_json::Value {
-    serde_json::json!({
-        "id": uuid::Uuid::new_v4(), "instance": instance, "name": name, "comment": "",
-        "parent": parent, "children": [], "head": true, "created_at": "2026-11-21T20:00:00Z",
-        "cpus": 1, "memory": 1_u64 << 30, "disk": 5_u64 << 30, "with_memory": false, "size": 1 << 20,
-    })
-}
-
-async fn snapshots(State(app): State<App>) -> Json<Vec<serde_json::Value>> {
-    Json(app.script.lock().unwrap().snapshots.clone())
-}
-
-async fn snapshots_of(
-    State(app): State<App>,
-    Path(name): Path<String>,
-) -> Json<Vec<serde_json::Value>> {
-    let mut snapshots = app.script.lock().unwrap().snapshots.clone();
-    snapshots.retain(|snapshot| snapshot["instance"] == name);
-    Json(snapshots)
-}
-
-async fn take_snapshot(
-    State(app): State<App>,
-    Path(name): Path<String>,
-    Json(request): Json<serde_json::Value>,
-) -> Response {
-    let known = app.script.lock().unwrap().instances.clone();
-    if known.iter().all(|i| i.name.as_str() != name) {
-        return missing(&name);
-    }
-    let operation = new_operation(&app, OperationKind::Snapshot, &name);
-    let taken = request["name"].as_str().unwrap_or("snapshot1");
-    let reply = serde_json::json!({"operation": operation, "name": taken});
-    (StatusCode::ACCEPTED, Json(reply)).into_response()
-}
-
-fn find_snapshot(app: &App, instance: &str, name: &str) -> Result<serde_json::Value, Response> {
-    let script = app.script.lock().unwrap();
-    let mut all = script.snapshots.iter();
-    let found = all.find(|s| s["instance"] == instance && s["name"] == name);
-    found.cloned().ok_or_else(|| {
-        let text = format!("No such snapshot: {instance}.{name}");
-        let error = Error::new(Code::SnapshotNotFound, text).into();
-        (StatusCode::NOT_FOUND, Json(ErrorReply { error })).into_response()
-    })
-}
-
-async fn snapshot(
-    State(app): State<App>,
-    Path((instance, name)): Path<(String, String)>,
-) -> Response {
-    match find_snapshot(&app, &instance, &name) {
-        Ok(snapshot) => Json(snapshot).into_response(),
-        Err(response) => response,
-    }
-}
-
-async fn on_snapshot(
-    State(app): State<App>,
-    Path((instance, name)): Path<(String, String)>,
-) -> Response {
-    match find_snapshot(&app, &instance, &name) {
-        Ok(_) => begin(&app, OperationKind::Restore, &instance),
-        Err(response) => response,
-    }
-}
-
-async fn catalog(State(app): State<App>) -> Json<Vec<serde_json::Value>> {
-    Json(app.script.lock().unwrap().catalog.clone())
-}
-
-async fn authenticate(Json(request): Json<serde_json::Value>) -> Response {
-    if request["passphrase"] == "open sesame" {
-        return StatusCode::NO_CONTENT.into_response();
-    }
-    let text = "Passphrase is not correct. Please try again.";
-    let error = Error::new(Code::WrongPassphrase, text).into();
-    (StatusCode::FORBIDDEN, Json(ErrorReply { error })).into_response()
-}
-
-async fn templates(State(app): State<App>) -> Json<Vec<serde_json::Value>> {
-    Json(app.script.lock().unwrap().templates.clone())
-}
-
-async fn create_template(
-    State(app): State<App>,
-    Json(request): Json<serde_json::Value>,
-) -> Response {
-    app.script.lock().unwrap().template_requests.push(request);
-    begin(&app, OperationKind::CreateTemplate, "debian-13")
-}
-
-fn find_template<'a>(script: &'a Script, id: &str) -> Option<&'a serde_json::Value> {
-    let mut templates = script.templates.iter();
-    templates.find(|t| t["id"].as_str().unwrap().starts_with(id))
-}
-
-fn no_template(id: &str) -> Response {
-    let error = Error::new(Code::TemplateNotFound, format!("No template {id}")).into();
-    (StatusCode::NOT_FOUND, Json(ErrorReply { error })).into_response()
-}
-
-async fn delete_template(State(app): State<App>, Path(id): Path<String>) -> Response {
-    let mut script = app.script.lock().unwrap();
-    let Some(template) = find_template(&script, &id) else {
-        return no_template(&id);
-    };
-    let id = template["id"].clone();
-    script.templates.retain(|template| template["id"] != id);
-    Json(serde_json::json!({"id": id, "freed": 1 << 20})).into_response()
-}
-
-async fn template(State(app): State<App>, Path(id): Path<String>) -> Response {
-    match find_template(&app.script.lock().unwrap(), &id) {
-        Some(template) => Json(template).into_response(),
-        None => no_template(&id),
-    }
-}
-
-async fn prune() -> Json<serde_json::Value> {
-    Json(serde_json::json!([{"id": "0123456789abcdef", "freed": 1 << 20}]))
-}
-
-fn setting_json((key, value): &(String, String)) -> serde_json::Value {
-    serde_json::json!({"key": key, "value": value, "values": "anything"})
-}
-
-async fn settings(State(app): State<App>) -> Json<Vec<serde_json::Value>> {
-    let script = app.script.lock().unwrap();
-    Json(script.settings.iter().map(setting_json).collect())
-}
-
-async fn setting(State(app): State<App>, Path(key): Path<String>) -> Response {
-    let script = app.script.lock().unwrap();
-    match script.settings.iter().find(|s| s.0 == key) {
-        Some(setting) => Json(setting_json(setting)).into_response(),
-        None => {
-            let text = format!("There is no setting {key}");
-            let error = Error::new(Code::SettingNotFound, text).into();
-            (StatusCode::NOT_FOUND, Json(ErrorReply { error })).into_response()
-        }
-    }
-}
-
-async fn set(
-    State(app): State<App>,
-    Path(key): Path<String>,
-    Json(request): Json<serde_json::Value>,
-) -> Response {
-    let value = request["value"].as_str().unwrap().to_owned();
-    let mut script = app.script.lock().unwrap();
-    if let Some((bad, code, text)) = &script.bad_setting
-        && *bad == key
-    {
-        let error = Error::new(*code, text.clone()).into();
-        return (StatusCode::BAD_REQUEST, Json(ErrorReply { error })).into_response();
-    }
-    script.settings.retain(|s| s.0 != key);
-    script.settings.push((key.clone(), value.clone()));
-    Json(setting_json(&(key, value))).into_response()
 }
 
 async fn work(State(app): State<App>, request: axum::extract::Request) -> Response {
