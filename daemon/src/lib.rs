@@ -19,6 +19,7 @@ pub mod service;
 pub mod state;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pileus_base::{Code, Error, Layout, Result, files};
 use pileus_images::Store;
@@ -101,6 +102,9 @@ pub async fn run(args: &Args, layout: Layout, mode: Mode, lock: files::Lock) -> 
     templates.abort();
     pool.abort();
     service.end_pool().await;
+    if host_goes_down().await {
+        service.suspend_all().await;
+    }
     // systemd goes on listening on a socket of its own.
     if ours {
         files::remove_file(&socket)?;
@@ -120,6 +124,10 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
     recover::sweep_layers(&layout, &rows, &broken, &templates)?;
     let settings = Keeper::load(&state, args.settings()).await?;
     let (images, mirror) = remotes::store_config(&args.image_host, &layout)?;
+    let wanted = settings.get().image_mirror;
+    if let Err(err) = mirror.set(&wanted) {
+        tracing::error!(%err, "the mirror of the image host can't be used");
+    }
     let store = Store::open(images)?;
     let network = start_network(&args.bridge, &state, &layout, &mode).await?;
     let instances: Vec<_> = rows
@@ -209,6 +217,21 @@ async fn leave(service: &Service) {
         && let Err(err) = entered.release()
     {
         tracing::warn!(%err, "the user's namespace can't be let go");
+    }
+}
+
+/// Whether the daemon ends because the host does. Its guests would be killed then.
+async fn host_goes_down() -> bool {
+    let asked = tokio::process::Command::new("systemctl")
+        .arg("is-system-running")
+        .stdin(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    // A host without systemd ends in its own way.
+    match tokio::time::timeout(Duration::from_secs(3), asked).await {
+        Ok(Ok(output)) => output.stdout.trim_ascii() == b"stopping",
+        _ => false,
     }
 }
 

@@ -133,7 +133,7 @@ impl Service {
         }
         match source.machine()?.snapshot().state {
             InstanceState::Stopped | InstanceState::Suspended => {
-                self.freeze_disk(source).await?;
+                self.freeze_still(source).await?;
             }
             InstanceState::Running => {
                 self.freeze_running(source, None, report).await?;

@@ -18,7 +18,7 @@
 
 use std::path::{Path, PathBuf};
 
-use pileus_base::{Error, Layout, Result, ResultExt, Size, files};
+use pileus_base::{Code, Error, Layout, Result, ResultExt, Size, files};
 use pileus_images::overlay;
 use uuid::Uuid;
 
@@ -26,6 +26,9 @@ use super::Service;
 use super::registry::Instance;
 use super::wiring;
 use crate::state::instances::{InstanceRow, Layer};
+
+/// QEMU opens every layer, and a read may have to look into all.
+const MOST_LAYERS: usize = 200;
 
 fn next(disk: &Path) -> PathBuf {
     disk.with_extension("next")
@@ -37,10 +40,34 @@ fn restored(disk: &Path) -> PathBuf {
 }
 
 impl Service {
+    /// Makes the disk of an instance without a VM a layer, unless it is as good as one: nothing was written
+    /// to it since it was made. Its disk is an empty one then.
+    pub(super) async fn freeze_still(&self, instance: &Instance) -> Result<()> {
+        let row = instance.row();
+        let disk = wiring::disk(&self.parts.layout, &row);
+        let has_layer = !row.spec.layers.is_empty();
+        if has_layer && super::blocking(move || overlay::is_empty(&disk)).await? {
+            return Ok(());
+        }
+        self.freeze_disk(instance).await.map(drop)
+    }
+
     /// Makes the instance's disk a layer and gives it an empty disk on top. Returns the new layer and the
     /// new disk's path, for the VM that has to change over.
     pub(super) async fn freeze_disk(&self, instance: &Instance) -> Result<(Layer, PathBuf)> {
         let layer = Layer(Uuid::new_v4());
+        if instance.row().spec.layers.len() >= MOST_LAYERS {
+            return Err(Error::new(
+                Code::WrongState,
+                format!(
+                    "The disk of '{}' has {MOST_LAYERS} layers already",
+                    instance.row().name
+                ),
+            )
+            .advise(
+                "Layers are not merged yet: launch a new instance, and copy your files over.",
+            ));
+        }
         let row = instance.change(|row| row.spec.layers.push(layer)).await?;
         let layout = self.parts.layout.clone();
         let disk = wiring::disk(&layout, &row);

@@ -161,7 +161,7 @@ impl Service {
         let file = driver::saved(&self.parts.layout.instance(row.id), SavedFile::Snapshot(id));
         match (snapshot.state, with_memory) {
             (InstanceState::Stopped, false) | (InstanceState::Suspended, false) => {
-                self.freeze_disk(instance).await?;
+                self.freeze_still(instance).await?;
                 Ok(None)
             }
             (InstanceState::Running, false) => {
@@ -176,8 +176,8 @@ impl Service {
                 let own = driver::saved(&self.parts.layout.instance(row.id), saved.file);
                 std::fs::hard_link(&own, &file).io(format_args!("Linking {}", own.display()))?;
                 saved.file = SavedFile::Snapshot(id);
-                let frozen = self.freeze_disk(instance).await;
-                undo_file(&file, frozen.map(|_| Some(saved)))
+                let frozen = self.freeze_still(instance).await;
+                undo_file(&file, frozen.map(|()| Some(saved)))
             }
             (InstanceState::Running, true) => {
                 driver::room_for(&self.parts.layout.instance(row.id), row.spec.memory)?;

@@ -4,6 +4,7 @@
 //! ```text
 //!   stop --time N ─▶ row.shutdown_at ─▶ users are told ─▶ stop       (cancel, start and suspend take it back)
 //!   host started  ─▶ autostart `always`, or `last` and it ran ─▶ start
+//!   host goes down ─▶ what runs is suspended, and starts again as above
 //!   VM crashed    ─▶ on-crash `restart`, and not too often     ─▶ start
 //! ```
 
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use jiff::SignedDuration;
 use pileus_api::{Autostart, Event, InstanceState, OnCrash, StartRequest, StopRequest, Timestamp};
-use pileus_base::{Code, Error, Result};
+use pileus_base::{Code, Error, Reporter, Result};
 use uuid::Uuid;
 
 use super::Service;
@@ -25,6 +26,8 @@ const MOST_MINUTES: u64 = 60 * 24 * 30;
 const TICK: Duration = Duration::from_secs(1);
 /// An instance that crashes more often than this stays as it is.
 const MOST_RESTARTS: usize = 3;
+/// What the service's unit grants (TimeoutStopSec), and something less.
+const HOST_END_BOUND: Duration = Duration::from_secs(270);
 const RESTARTS_WITHIN: Duration = Duration::from_secs(600);
 
 /// When a stop is to happen, if not now.
@@ -188,6 +191,30 @@ impl Service {
             .state
             .run(move |tx| state::settings::set(tx, key, &now))
             .await
+    }
+
+    /// The host goes down: what runs is written to disk, and goes on when the host is back.
+    pub async fn suspend_all(&self) {
+        let all = self.parts.registry.all().into_iter();
+        let running = all.filter(|i| i.row().process.is_some() && i.row().lease.is_none());
+        let work = running.map(|instance| async move {
+            let name = instance.row().name;
+            let silent = Reporter::silent();
+            let suspended = async {
+                let _turn = instance.turn_by_force(&silent).await?;
+                // First, so that one whose suspend breaks off is booted again.
+                instance.change(|row| row.history.cut_off = true).await?;
+                instance.machine()?.suspend(silent.clone()).await
+            };
+            match suspended.await {
+                Ok(()) => tracing::info!(instance = %name, "is suspended: the host goes down"),
+                Err(err) => tracing::error!(instance = %name, %err, "can't be suspended"),
+            }
+        });
+        let done = futures_util::future::join_all(work);
+        if tokio::time::timeout(HOST_END_BOUND, done).await.is_err() {
+            tracing::error!("not all instances were suspended in time");
+        }
     }
 
     /// Whether the host has started again since a daemon took its instances up.

@@ -68,6 +68,27 @@ fn the_guest_sees_the_base_and_zeros_behind_it() {
 }
 
 #[test]
+fn an_empty_overlay_is_told_from_one_that_was_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    std::fs::write(&base, disk()).unwrap();
+    let path = dir.path().join("o");
+    overlay::create(&path, Size::mib(8), &base).unwrap();
+    assert!(overlay::is_empty(&path).unwrap());
+    let write = format!("write -P 7 {} 512", 7 << 20);
+    let done = std::process::Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", &write, text(&path)])
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{done:?}");
+    assert!(!overlay::is_empty(&path).unwrap());
+    // A raw disk is none, and too short a file neither.
+    assert!(overlay::is_empty(&base).is_err());
+    std::fs::write(&path, "QFI").unwrap();
+    assert!(overlay::is_empty(&path).is_err());
+}
+
+#[test]
 fn too_small_and_existing_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("base.raw");
