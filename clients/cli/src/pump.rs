@@ -1,12 +1,17 @@
 //! Carries this process's standard streams to a port or the console of an instance and back.
 
 use std::io::{self, Write};
+use std::time::Duration;
 
 use bytes::Bytes;
 use pileus_client::{PortInput, PortOutput};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::error::CommandError;
 use crate::session;
+
+/// Between two looks at whether standard output is still read.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// What becomes of a piece of standard input.
 pub(crate) enum Take {
@@ -49,6 +54,21 @@ pub(crate) async fn pump(
     tokio::select! {
         () = up => Ok(()),
         result = down => result,
+        () = closed() => Err(io::Error::from(io::ErrorKind::BrokenPipe).into()),
+    }
+}
+
+/// Returns when nobody reads standard output any more, which a console that is silent would not notice
+/// by writing.
+async fn closed() {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let stdout = rustix::stdio::stdout();
+        let mut fds = [PollFd::new(&stdout, PollFlags::empty())];
+        let polled = rustix::event::poll(&mut fds, Some(&Timespec::default()));
+        if polled.is_ok() && fds[0].revents().contains(PollFlags::ERR) {
+            return;
+        }
     }
 }
 

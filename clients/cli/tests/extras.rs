@@ -113,6 +113,13 @@ fn the_console_through_pipes() {
     // It ends with the machine.
     stdin.write_all(b"off").unwrap();
     assert!(child.wait().unwrap().success());
+    // It ends when nobody reads it any more, even if nothing is written.
+    let mut child = spawn(&daemon, "console foo");
+    let mut stdout = child.stdout.take().unwrap();
+    read_until(&mut stdout, "login:");
+    drop(child.stdin.take());
+    drop(stdout);
+    assert_eq!(child.wait().unwrap().code(), Some(141));
     for (name, text) in [
         ("bar", "console failed: instance \"bar\" is not running\n"),
         ("none", "console failed: instance \"none\" does not exist\n"),

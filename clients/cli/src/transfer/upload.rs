@@ -34,7 +34,7 @@ pub(super) struct Upload {
 impl Upload {
     /// Copies each source to the target, or into it if that is a folder.
     pub async fn run(&self, sources: &[PathBuf], target: &[u8]) -> Done<()> {
-        let mut found = self.look(target).await?;
+        let mut found = self.look_at_target(target).await?;
         if found.is_none() && self.options.parents {
             // With several sources the target is to be a folder, otherwise its parent is.
             let folder = match sources.len() > 1 || target.ends_with(b"/") {
@@ -42,9 +42,10 @@ impl Upload {
                 false => parent(target),
             };
             if let Some(folder) = folder {
-                self.make_parents(folder).await?;
+                let made = self.make_parents(folder).await;
+                made.map_err(|failure| unusable(folder, failure))?;
             }
-            found = self.look(target).await?;
+            found = self.look_at_target(target).await?;
         }
         let into = found.is_some_and(|attrs| attrs.kind() == Kind::Folder);
         if !into && (sources.len() > 1 || (found.is_some() && target.ends_with(b"/"))) {
@@ -338,6 +339,11 @@ impl Upload {
         Ok(())
     }
 
+    async fn look_at_target(&self, target: &[u8]) -> Done<Option<Attrs>> {
+        let found = self.look(target).await;
+        found.map_err(|failure| unusable(target, failure))
+    }
+
     /// What a path leads to; `None` if nothing is there.
     async fn look(&self, path: &[u8]) -> Done<Option<Attrs>> {
         match self.sftp.stat(path).await {
@@ -398,6 +404,14 @@ fn own_name(path: &Path) -> Option<Vec<u8>> {
         whole.file_name().map(ToOwned::to_owned)
     });
     name.map(|name| name.as_bytes().to_vec())
+}
+
+/// Says which path it was, unless all is lost.
+fn unusable(path: &[u8], failure: Failure) -> Failure {
+    match failure {
+        Failure::Lost(_) => failure,
+        failure => Failure::Other(format!("cannot access \"{}\": {failure}", shown(path))),
+    }
 }
 
 fn not_a_folder(target: &[u8]) -> Failure {

@@ -277,7 +277,8 @@ async fn repeat(mut socket: WebSocket) {
     socket.send(Message::Binary(login)).await.unwrap();
     while let Some(Ok(message)) = socket.recv().await {
         match message {
-            Message::Binary(bytes) if bytes.is_empty() => break,
+            // The end of what is typed is not the end of the machine.
+            Message::Binary(bytes) if bytes.is_empty() => {}
             Message::Binary(bytes) if bytes.starts_with(b"off") => break,
             Message::Binary(bytes) => {
                 let text = [b"<", &bytes[..], b">"].concat();
