@@ -20,6 +20,19 @@ put() {
     mv -f "$2.new" "$2"
 }
 
+# A copy of another instance's disk: who that was is kept until the agent has made it somebody else.
+if [ -f "$etc/agent.json" ]; then
+    case $(cat "$etc/agent.json") in
+    *'"instance":"@INSTANCE@"'*) ;;
+    *)
+        rm -rf "$etc/before" "$etc/before.new"
+        mkdir "$etc/before.new" &&
+            cp -p "$etc/agent.json" "$etc/authorized_keys" "$etc/ssh_host_ed25519_key" "$etc/before.new/" &&
+            mv "$etc/before.new" "$etc/before"
+        ;;
+    esac
+fi
+
 changed=
 put 755 "$dir/agent.py" <<'END-OF-PILEUS-FILE' && changed=1
 @AGENT@

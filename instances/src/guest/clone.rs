@@ -4,12 +4,13 @@
 //!  template   boots ── quiesce ──▸ still: no keys, no ids, nothing about to wake up ── saved
 //!  clone      runs on from there ── identify ──▸ somebody, with a network ── Up
 //!  standby    the same, and later ── name ──▸ the instance that somebody has launched
+//!  booted     a copy of another one's disk has booted ── identify ──▸ somebody else
 //!  any        identity ──▸ every value that must differ between two guests
 //! ```
 //!
 //! An agent that was made quiet answers hello with `template` until it is told who it is; `watch.rs`
 //! takes no such hello for a sign of life. What each item needs: `docs/decisions/0010-warm-launch.md`.
-//! The guest's side: `agent/quiesce.py`, `agent/identify.py`, `agent/identity.py`.
+//! The guest's side: `agent/quiesce.py`, `agent/identify.py`, `agent/booted.py`, `agent/identity.py`.
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -39,7 +40,9 @@ pub enum CloneMode {
     Warm,
     /// From a running instance: those who cached its identity are started anew.
     Full,
-    /// It has just booted from a copy of another one's disk.
+    /// It has just booted from a copy of another one's disk, with its own seed and card: what cloud-init
+    /// and PID 1 have not made new is. To be asked when cloud-init has ended; may be asked again if it
+    /// was interrupted.
     Booted,
 }
 
@@ -268,3 +271,7 @@ fn items(answer: &Map<String, Value>) -> Option<Vec<(String, Vec<String>)>> {
 #[cfg(test)]
 #[path = "clone_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "booted_tests.rs"]
+mod booted_tests;

@@ -1,6 +1,7 @@
 //! What is asked of a guest that lives, and what its agent makes of it.
 
 use super::*;
+use crate::guest::in_agent::in_agent;
 use crate::guest::keys::InstanceKeys;
 use crate::qemu::Paths;
 use std::net::Ipv4Addr;
@@ -102,28 +103,6 @@ async fn a_guest_without_an_agent_costs_the_bound_and_no_more() {
     let err = played.guest.resumed(bound).await.unwrap_err();
     assert_eq!(err.code, Code::GuestUnreachable);
     assert!(began.elapsed() < SOON / 2);
-}
-
-/// Runs a script among the agent's names; nothing of this host is touched, because the script lays
-/// its own functions over those that would.
-fn in_agent(script: &str) {
-    let whole = format!(
-        "import json, sys\nnames = {{'__name__': 'agent', '__file__': '/x/agent.py'}}\n\
-         exec(compile(sys.stdin.read(), 'agent.py', 'exec'), names)\n{script}"
-    );
-    let python = std::process::Command::new("python3")
-        .args(["-I", "-S", "-c", &whole])
-        .stdin(std::process::Stdio::piped())
-        .spawn();
-    let Ok(mut python) = python else {
-        eprintln!("SKIPPED: python3 can't be run");
-        return;
-    };
-    let mut stdin = python.stdin.take().unwrap();
-    let text = crate::guest::seed::AGENT_PY.as_bytes();
-    std::io::Write::write_all(&mut stdin, text).unwrap();
-    drop(stdin);
-    assert!(python.wait().unwrap().success());
 }
 
 #[test]

@@ -19,6 +19,8 @@ pub mod clone;
 pub mod cloud_init;
 pub mod exec;
 pub mod handle;
+#[cfg(test)]
+mod in_agent;
 pub mod keys;
 mod life;
 pub mod port;

@@ -35,6 +35,7 @@ pub const AGENT_PY: &str = concat!(
 pub const CLONE_PY: &str = concat!(
     include_str!("agent/quiesce.py"),
     include_str!("agent/identify.py"),
+    include_str!("agent/booted.py"),
     include_str!("agent/identity.py"),
 );
 /// cloud-init's stages for a clone, in a process of their own.
@@ -219,6 +220,10 @@ fn vendor_config(spec: &SeedSpec<'_>) -> Result<String> {
 
 /// The script that installs the agent with the instance's own keys.
 fn boothook(spec: &SeedSpec<'_>) -> Result<String> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    if !spec.instance_id.bytes().all(plain) {
+        return Err(Error::internal("An instance's id that is none"));
+    }
     let mut settings = json!({
         "user": LOGIN_USER,
         "uid": 1000,
@@ -236,6 +241,7 @@ fn boothook(spec: &SeedSpec<'_>) -> Result<String> {
     let mut script = BOOTHOOK.to_owned();
     for (mark, text) in [
         ("@LOGIN@", login),
+        ("@INSTANCE@", spec.instance_id),
         ("@AGENT@", AGENT_PY),
         ("@CLONE@", CLONE_PY),
         ("@STAGES@", STAGES_PY),

@@ -181,6 +181,18 @@ fn the_boot_hook_installs_what_it_carries() {
     };
     assert_eq!(mode("etc/ssh_host_ed25519_key"), 0o600);
     assert_eq!(mode("etc/authorized_keys"), 0o644);
+    assert!(!dir.path().join("etc/before").exists());
+    // On a copy of the disk: whose it was is kept beside, and stays when that boots again.
+    let other = hook.replace("i-1\"", "i-2\"");
+    for _ in 0..2 {
+        let status = Command::new("sh").args(["-c", &other]).status().unwrap();
+        assert!(status.success());
+    }
+    let now: Value = serde_json::from_str(&read("etc/agent.json")).unwrap();
+    assert_eq!(now["instance"], "i-2");
+    let was: Value = serde_json::from_str(&read("etc/before/agent.json")).unwrap();
+    assert_eq!(was["instance"], "i-1");
+    assert_eq!(mode("etc/before/ssh_host_ed25519_key"), 0o600);
     let ran = dir.path().join("lib/agent.py.ran");
     for _ in 0..100 {
         if ran.exists() {

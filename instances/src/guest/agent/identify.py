@@ -239,6 +239,8 @@ def identify(agent, request):
     """Makes this clone the machine that the request describes. Returns [[step, milliseconds]]."""
     if request.get("mode") == "booted":
         return booted(agent, request)
+    if request.get("mode") == "booted":
+        return booted(agent, request)
     steps = Steps()
     # What only reacts to the news (PID 1, the resolver) can wait.
     prefer(-10, os.getpid(), threading.get_native_id())
@@ -410,14 +412,14 @@ def settle(agent, quiet, nic, cloud_init):
 
 
 def restart_all(steps, nic):
-    """A fork of a running guest: those who cached something are started anew, one by one."""
+    """A guest that ran under another name: those who cached something are started anew, one by one."""
     # The connections of the origin end here, and with them its user's sessions: what that user keeps in
     # shared memory is part of what was forked.
     os.makedirs(os.path.dirname(KEEP_IPC), mode=0o755, exist_ok=True)
     put(KEEP_IPC, "[Login]\nRemoveIPC=no\n")
     run(["systemctl", "daemon-reexec"])
     steps.mark("PID 1")
-    run(["systemctl", "restart", JOURNALD, NETWORKD, "systemd-logind.service"])
+    run(["systemctl", "restart", *filter(pids_of, (JOURNALD, NETWORKD, "systemd-logind.service"))])
     attempt(run, ["udevadm", "control", "--reload"])
     # A card that came before its files has another name.
     for card in addresses():
