@@ -2,7 +2,7 @@
 
 use crate::guest::in_agent::in_agent;
 
-/// Lays `names` over a folder, and makes in it what a disk has: instance `i-a`, host name `old`.
+/// Lays `names` over a folder, and makes in it what a disk has: instance `instance-a`, host name `old`.
 const DISK: &str = r##"
 import os, shutil, tempfile
 root = tempfile.mkdtemp()
@@ -36,10 +36,10 @@ for at, text in {"/etc/machine-id": id_a, "/var/lib/dbus/machine-id": id_a, "/et
                  "/root/.ssh/authorized_keys": "command=\"no\" " + A + "\n",
                  "/etc/ssh/ssh_host_ed25519_key": key_a, "/etc/ssh/ssh_host_ed25519_key.pub": "ssh-ed25519 HOSTA h\n",
                  "/etc/ssh/ssh_host_rsa_key": "x", "/run/x": "", "/etc/netplan/50-cloud-init.yaml": "52:54:00:00:00:0a",
-                 lib + "/instances/i-a/vendor-data.txt": key_a + A, lib + "/data/instance-id": "i-a\n",
+                 lib + "/instances/instance-a/vendor-data.txt": key_a + A, lib + "/data/instance-id": "instance-a\n",
                  lib + "/data/previous-hostname": "old\n"}.items():
     write(at, text, 0o600 if "authorized" in at else 0o644)
-os.symlink(root + lib + "/instances/i-a", root + lib + "/instance")
+os.symlink(root + lib + "/instances/instance-a", root + lib + "/instance")
 def identity_files(etc, instance, key, client):
     write(etc + "/agent.json", json.dumps({"instance": instance, "uid": 1000, "user": "ubuntu"}, sort_keys=True,
                                           separators=(",", ":")) + "\n", 0o600)
@@ -65,7 +65,7 @@ class Agent:
         self.settings, self.sent = names["read_json"](root + "/etc/pileus/agent.json"), []
     def send(self, message): self.sent.append(message["type"])
     def hello(self): return {"type": "hello"}
-request = {"mode": "booted", "instance": "i-b", "hostname": "new", "machine_id": id_b, "entropy": "ab" * 64,
+request = {"mode": "booted", "instance": "instance-b", "hostname": "new", "machine_id": id_b, "entropy": "ab" * 64,
            "time": 1e9, "host_key": key_b, "host_public": "ssh-ed25519 HOSTB h", "authorized": [B], "user": "ubuntu",
            "uid": 1000, "nic": {"mac": "52:54:00:00:00:0B", "address": "10.0.0.2/24"}}
 def become():
@@ -73,11 +73,11 @@ def become():
     me = Agent()
     answer, after = names["REQUESTS"]["identify"](me, json.loads(json.dumps(request)))
     assert me.sent == ["hello", "cloud-init"], me.sent
-    assert me.settings["instance"] == "i-b"
+    assert me.settings["instance"] == "instance-b"
     return [name for name, _ in answer["steps"]]
 def nothing_old():
     for folder, _, files in os.walk(root):
-        assert "i-a" not in folder and id_a not in folder, folder
+        assert "instance-a" not in folder and id_a not in folder, folder
         for name in files:
             path = os.path.join(folder, name)
             with open(path, "rb") as file:
@@ -94,7 +94,7 @@ def nothing_old():
     assert not there("/var/lib/systemd/credential.secret") and not there("/etc/ssh/ssh_host_rsa_key")
     assert not there("/etc/pileus/before") and there("/var/log/journal/other/keep")
     assert os.stat(root + "/var/lib/systemd/random-seed").st_size == 512
-    assert read("/run/pileus/generation").startswith("i-b " + id_b)
+    assert read("/run/pileus/generation").startswith("instance-b " + id_b)
 "##;
 
 fn on_a_disk(script: &str) {
@@ -109,16 +109,16 @@ fn on_a_disk(script: &str) {
 fn what_the_boot_left_is_made_new() {
     on_a_disk(
         r#"
-identity_files("/etc/pileus/before", "i-a", key_a, A)
-identity_files("/etc/pileus", "i-b", key_b, B)
+identity_files("/etc/pileus/before", "instance-a", key_a, A)
+identity_files("/etc/pileus", "instance-b", key_b, B)
 kernel[0] = "new"
 names["set_hostname"]("old", "new")
 write("/etc/machine-id", id_b + "\n")
 shutil.rmtree(root + "/etc/ssh")
 write("/etc/ssh/ssh_host_ed25519_key", key_b)
-write(lib + "/instances/i-b/obj", "")
+write(lib + "/instances/instance-b/obj", "")
 os.unlink(root + lib + "/instance")
-os.symlink(root + lib + "/instances/i-b", root + lib + "/instance")
+os.symlink(root + lib + "/instances/instance-b", root + lib + "/instance")
 inode = os.stat(root + "/etc/pileus/agent.json").st_ino
 # cloud-init has added the new key beside the old one.
 write("/home/ubuntu/.ssh/authorized_keys", "ssh-rsa MINE me\n" + A + "\n" + B + "\n", 0o600)
@@ -140,13 +140,13 @@ nothing_old()
 fn what_no_boot_did_is_done_as_well() {
     on_a_disk(
         r#"
-identity_files("/etc/pileus", "i-a", key_a, A)
+identity_files("/etc/pileus", "instance-a", key_a, A)
 ready[0] = "address"
 become()
 assert ran == ["restart", "wait"], ran
 nothing_old()
-assert os.readlink(root + lib + "/instance").endswith("/i-b") and there(lib + "/instances/i-b/vendor-data.txt")
-assert read(lib + "/data/instance-id") == "i-b\n"
+assert os.readlink(root + lib + "/instance").endswith("/instance-b") and there(lib + "/instances/instance-b/vendor-data.txt")
+assert read(lib + "/data/instance-id") == "instance-b\n"
 assert "52:54:00:00:00:0b" in read("/etc/netplan/50-cloud-init.yaml")
 "#,
     );
@@ -157,8 +157,8 @@ assert "52:54:00:00:00:0b" in read("/etc/netplan/50-cloud-init.yaml")
 fn a_hook_that_fails_leaves_it_to_be_done_again() {
     on_a_disk(
         r#"
-identity_files("/etc/pileus/before", "i-a", key_a, A)
-identity_files("/etc/pileus", "i-b", key_b, B)
+identity_files("/etc/pileus/before", "instance-a", key_a, A)
+identity_files("/etc/pileus", "instance-b", key_b, B)
 write("/etc/machine-id", id_b + "\n")
 write("/etc/pileus/on-clone.d/10-check", "\x23!/bin/sh\necho \"$PILEUS_MODE $PILEUS_HOSTNAME\" >&2\nexit 3\n", 0o755)
 try:
@@ -170,7 +170,7 @@ assert ran == ["HUP"] and there("/etc/pileus/before"), ran
 os.unlink(root + "/etc/pileus/on-clone.d/10-check")
 become()
 assert ran == ["wait"] and not there("/etc/pileus/before"), ran
-assert not there(lib + "/instances/i-a")
+assert not there(lib + "/instances/instance-a")
 "#,
     );
 }
