@@ -453,72 +453,135 @@ fn code(code: u32) -> Vec<u8> {
 
 const FOLDER: u32 = 0o040_755;
 const FILE: u32 = 0o100_644;
+const LINK: u32 = 0o120_777;
+
+/// A guest that serves whatever is asked for: each folder has these names, each file says EVIL.
+fn serves(names: Vec<(Vec<u8>, u32)>) -> Pipe {
+    let (to, mut sent) = mpsc::channel::<Bytes>(8);
+    let (received, from) = mpsc::channel(8);
+    tokio::spawn(async move {
+        sent.recv().await;
+        let hello = Bytes::from_static(&[0, 0, 0, 5, 2, 0, 0, 0, 3]);
+        received.send(Ok(hello)).await.unwrap();
+        // Only the first folder has the names.
+        let mut listed = false;
+        while let Some(request) = sent.recv().await {
+            let (kind, id) = (request[4], &request[5..9]);
+            let offset = |request: &[u8]| request[request.len() - 12..request.len() - 4] == [0; 8];
+            let answer = match kind {
+                3 | 11 => [&[102][..], &text(b"h")].concat(),
+                5 if offset(&request) => [&[103][..], &text(b"EVIL")].concat(),
+                12 if !listed => {
+                    listed = true;
+                    let names: Vec<(&[u8], u32)> = names
+                        .iter()
+                        .map(|(name, mode)| (&name[..], *mode))
+                        .collect();
+                    listing(&names)
+                }
+                5 | 12 => code(1),
+                7 | 17 => [&[105][..], &attrs(FOLDER)].concat(),
+                19 => listing(&[(b"/etc/passwd", 0)]),
+                _ => code(0),
+            };
+            let len = u32::try_from(answer.len() + 4).unwrap().to_be_bytes();
+            let packet = [&len, &answer[..1], id, &answer[1..]].concat();
+            let _ = received.send(Ok(packet.into())).await;
+        }
+    });
+    Pipe { to, from }
+}
 
 #[tokio::test]
 async fn names_of_a_hostile_guest_stay_in_the_target() {
     let dir = tempfile::tempdir().unwrap();
     let host = dir.path().join("host");
-    fs::create_dir(&host).unwrap();
     let outside = dir.path().join("outside");
-    fs::create_dir(&outside).unwrap();
-    symlink(&outside, host.join("link")).unwrap();
-    let long = vec![b'x'; 300];
-    let answers = vec![
-        [&[105][..], &attrs(FOLDER)].concat(),
-        [&[102][..], &text(b"h")].concat(),
-        listing(&[
-            (b".", FOLDER),
-            (b"..", FOLDER),
-            (b"../outside/evil", FILE),
-            (b"/etc/evil", FILE),
-            (b"", FILE),
-            (b"a\0b", FILE),
-            (&long, FILE),
-            // First a link that leads out, then a folder of that name.
-            (b"link", FOLDER),
-        ]),
-        code(1),
-        code(0),
+    for folder in [&host, &outside] {
+        fs::create_dir(folder).unwrap();
+    }
+    fs::write(outside.join("kept"), "mine").unwrap();
+    let absolute = outside
+        .join("absolute")
+        .as_os_str()
+        .as_encoded_bytes()
+        .to_vec();
+    let bad = [
+        b"../../outside/up".to_vec(),
+        b"../kept".to_vec(),
+        b"in/side".to_vec(),
+        absolute,
+        b"".to_vec(),
+        b"a\0b".to_vec(),
+        vec![b'x'; 256],
     ];
-    let sftp = Arc::new(Sftp::connect(hostile(answers)).await.unwrap());
+    let mut names: Vec<(Vec<u8>, u32)> = vec![(b".".to_vec(), FOLDER), (b"..".to_vec(), FOLDER)];
+    names.extend(bad.iter().map(|name| (name.clone(), FILE)));
+    names.push((b"../../outside/folder".to_vec(), FOLDER));
+    names.push((b"../../outside/link".to_vec(), LINK));
+    names.push((b"good".to_vec(), FILE));
+    names.push((b"passwd".to_vec(), LINK));
+    let sftp = Arc::new(Sftp::connect(serves(names)).await.unwrap());
     let report = Report::new(false, "test:");
     let options = options("r");
     let target = download::target(&host, false, options).unwrap();
-    let Target::Into(to) = target else { panic!() };
-    let target = Target::As(to, "link".into());
     let download = Download {
         sftp,
         report: report.clone(),
         options,
     };
     let mut jobs = Jobs::default();
-    // The target itself is a link that leads out, which is not what the user named here.
-    download.run(b"x", &target, &mut jobs).await;
-    assert_eq!(report.errors(), 1);
-    fs::remove_file(host.join("link")).unwrap();
-    fs::create_dir(host.join("link")).unwrap();
-    symlink(&outside, host.join("link/link")).unwrap();
-    let answers = vec![
-        [&[105][..], &attrs(FOLDER)].concat(),
-        [&[102][..], &text(b"h")].concat(),
-        listing(&[
-            (b"../outside/evil", FILE),
-            (b"/etc/evil", FILE),
-            (b"", FILE),
-            (b"a\0b", FILE),
-            (&long, FILE),
-            (b"link", FOLDER),
-        ]),
-        code(1),
-        code(0),
-    ];
-    let sftp = Arc::new(Sftp::connect(hostile(answers)).await.unwrap());
-    let download = Download { sftp, ..download };
-    download.run(b"x", &target, &mut jobs).await;
+    download.run(b"tree", &target, &mut jobs).await;
     jobs.finish().await;
-    assert_eq!(report.errors(), 7);
-    assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
-    assert_eq!(fs::read_dir(host.join("link")).unwrap().count(), 1);
+    let list = |folder: &Path| {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(list(dir.path()), ["host", "outside"]);
+    assert_eq!(list(&outside), ["kept"]);
+    assert_eq!(list(&host), ["tree"]);
+    // What is good comes all the same.
+    assert_eq!(list(&host.join("tree")), ["good", "passwd"]);
+    assert_eq!(read(&host.join("tree/good")), "EVIL");
+    assert_eq!(report.errors(), bad.len() as u64 + 2);
+}
+
+#[tokio::test]
+async fn no_link_is_written_through() {
+    let dir = tempfile::tempdir().unwrap();
+    let outside = dir.path().join("outside");
+    fs::create_dir_all(dir.path().join("host/tree")).unwrap();
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("kept"), "mine").unwrap();
+    // Links that were there before, and one that the guest makes before it lists a folder of its name.
+    symlink(&outside, dir.path().join("host/tree/folder")).unwrap();
+    symlink(outside.join("kept"), dir.path().join("host/tree/file")).unwrap();
+    let names = vec![
+        (b"folder".to_vec(), FOLDER),
+        (b"file".to_vec(), FILE),
+        (b"twice".to_vec(), LINK),
+        (b"twice".to_vec(), FOLDER),
+    ];
+    let sftp = Arc::new(Sftp::connect(serves(names)).await.unwrap());
+    let report = Report::new(false, "test:");
+    let options = options("r");
+    let target = download::target(&dir.path().join("host"), false, options).unwrap();
+    let download = Download {
+        sftp,
+        report: report.clone(),
+        options,
+    };
+    let mut jobs = Jobs::default();
+    download.run(b"tree", &target, &mut jobs).await;
+    jobs.finish().await;
+    assert_eq!(read(&outside.join("kept")), "mine");
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+    // The file took the link's place.
+    assert_eq!(read(&dir.path().join("host/tree/file")), "EVIL");
+    assert!(!dir.path().join("host/tree/file").is_symlink());
+    assert_eq!(report.errors(), 2);
 }
 
 #[tokio::test]
