@@ -360,8 +360,9 @@ impl Driver for QemuDriver {
 
     async fn unsave(&self, vm: &RunningVm) -> Result<()> {
         vm.vm.cancel_save().await;
-        vm.vm.resume().await?;
-        files::remove_file(&self.setup().saved(SavedFile::Suspended))
+        let resumed = vm.vm.resume().await;
+        files::remove_file(&self.setup().saved(SavedFile::Suspended))?;
+        resumed
     }
 
     fn forget(&self, saved: &Saved) {
