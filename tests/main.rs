@@ -10,6 +10,7 @@ mod fake_life;
 mod fake_requests;
 mod fake_warm;
 mod guest_boot;
+mod guest_host;
 mod guest_life;
 mod guest_run;
 mod guest_setup;
