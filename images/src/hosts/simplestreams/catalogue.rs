@@ -130,7 +130,7 @@ impl Catalogue {
         })
     }
 
-    /// Gets a small file, trying again once.
+    /// Gets a small file, trying again once if that may help.
     async fn get(
         &self,
         client: &reqwest::Client,
@@ -200,7 +200,8 @@ async fn get_once(
     url: Url,
     limit: usize,
 ) -> std::result::Result<Vec<u8>, (String, bool)> {
-    let failed = |err: reqwest::Error| (crate::fetch::cause(&err), true);
+    // One that was silent for so long is not asked again.
+    let failed = |err: reqwest::Error| (crate::fetch::cause(&err), !err.is_timeout());
     let response = client.get(url).send().await.map_err(failed)?;
     let status = response.status();
     if !status.is_success() {
