@@ -96,6 +96,21 @@ impl Args {
         }
     }
 
+    /// The folder that was given. Called by the name `multipassd` (a link) its variable MULTIPASS_STORAGE
+    /// comes before our own, but not before the option.
+    fn storage(&self) -> Option<PathBuf> {
+        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+        let program = std::env::args_os().next().map(PathBuf::from);
+        let named = program.is_some_and(|program| program.ends_with("multipassd"));
+        let by_option = self.storage.as_ref().filter(|storage| {
+            Some(storage.as_os_str()) != variable("PILEUS_STORAGE").as_deref()
+        });
+        match (by_option, variable("MULTIPASS_STORAGE")) {
+            (None, Some(storage)) if named => Some(storage.into()),
+            _ => self.storage.clone(),
+        }
+    }
+
     /// Where everything lies, by the options or by who we are.
     pub fn layout(&self, uid: u32) -> Layout {
         let folder = |name: &str| {
@@ -103,7 +118,7 @@ impl Args {
                 .map(PathBuf::from)
                 .filter(|path| path.is_absolute())
         };
-        match &self.storage {
+        match &self.storage() {
             Some(dir) => Layout::below(&std::path::absolute(dir).unwrap_or(dir.clone()), uid),
             None if uid == 0 => Layout::system(),
             None => Layout::user(&UserFolders {
