@@ -214,7 +214,7 @@ fn missing_instances_have_the_known_texts() {
 fn usage_errors() {
     let daemon = daemon();
     for (line, text) in [
-        ("stop", "Name argument or --all is required\n"),
+        ("delete", "Name argument or --all is required\n"),
         (
             "start --all foo",
             "Cannot specify name(s) when --all option set\n",

@@ -173,12 +173,16 @@ fn settings_are_the_daemons() {
     let setting = ("local.warm".to_owned(), "auto".to_owned());
     daemon.script.lock().unwrap().settings = vec![setting];
     assert_eq!(daemon.run("get local.warm"), Ran::ok("auto\n"));
-    assert_eq!(daemon.run("get --keys"), Ran::ok("local.warm\n"));
+    assert_eq!(
+        daemon.run("get --keys"),
+        Ran::ok("client.primary-name\nlocal.warm\n")
+    );
     assert_eq!(daemon.run("set local.warm=off"), Ran::ok(""));
     assert_eq!(daemon.run("get local.warm"), Ran::ok("off\n"));
     assert_eq!(daemon.run("set local.new -1"), Ran::ok(""));
     assert_eq!(daemon.run("set local.other a=b"), Ran::ok(""));
-    let csv = "Key,Value,Values\nlocal.warm,off,anything\nlocal.new,-1,anything\n\
+    let csv = "Key,Value,Values\n\
+               client.primary-name,primary,\"an instance's name, or nothing\"\nlocal.warm,off,anything\nlocal.new,-1,anything\n\
                local.other,a=b,anything\n";
     assert_eq!(daemon.run("get --format csv"), Ran::ok(csv));
     let ran = daemon.run("get nope");

@@ -58,7 +58,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
         true => client.all_snapshots().await?,
         false => Vec::new(),
     };
-    let mut shown = choose(instances, snapshots, &targets, args.snapshots)
+    let mut shown = choose(&instances, snapshots, &targets, args.snapshots)
         .map_err(|errors| several::all_errors(&errors))?;
     let instances = shown.iter_mut().filter_map(|one| one.instance.as_mut());
     if args.no_runtime_information {
@@ -80,7 +80,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
 /// What is to be shown, by instance, in the order of the names; or every name that can't be used.
 /// `all_snapshots`: a name without a snapshot means all snapshots of that instance.
 fn choose(
-    instances: Vec<Instance>,
+    instances: &[Instance],
     mut snapshots: Vec<Snapshot>,
     targets: &[Target],
     all_snapshots: bool,
@@ -166,7 +166,7 @@ mod tests {
     fn chosen(names: &[&str], snapshots: bool) -> Result<Vec<String>, Vec<String>> {
         let targets: Vec<Target> = names.iter().map(|name| Target::of(name)).collect();
         let shown = choose(
-            samples::instances(),
+            &samples::instances(),
             samples::snapshots(),
             &targets,
             snapshots,

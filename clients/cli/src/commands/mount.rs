@@ -22,7 +22,12 @@ pub struct Args {
     #[arg(short, long, value_name = "HOST:INSTANCE")]
     pub gid_map: Vec<String>,
     /// How it is mounted: classic or native
-    #[arg(short = 't', long = "type", value_name = "TYPE", default_value = "classic")]
+    #[arg(
+        short = 't',
+        long = "type",
+        value_name = "TYPE",
+        default_value = "classic"
+    )]
     #[arg(hide_default_value = true)]
     pub kind: String,
 }

@@ -34,7 +34,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
         })
         .collect();
     // All that --all can mean are those that run.
-    if !errors.is_empty() && !(names.all && !context.multipass()) {
+    if !errors.is_empty() && (!names.all || context.multipass()) {
         return Err(CommandError::several(errors));
     }
     let names: Vec<_> = instances
