@@ -52,18 +52,23 @@ pub struct ExecSpec {
     pub cwd: Option<String>,
     pub env: Vec<(String, String)>,
     pub tty: Option<Tty>,
-    /// The guest's SFTP server instead of a command.
+    /// The guest's SFTP server instead of a command: it speaks version 3 on standard input and output.
     pub sftp: bool,
 }
 
-/// Where distributions keep the SFTP server. It is run as a command: so it needs no word in the
-/// configuration of an SSH server.
+/// Where distributions keep the SFTP server, for an SSH server that does not know the subsystem.
 const SFTP_SERVERS: [&str; 4] = [
     "/usr/lib/openssh/sftp-server",
     "/usr/libexec/openssh/sftp-server",
     "/usr/libexec/sftp-server",
     "/usr/lib/ssh/sftp-server",
 ];
+
+/// Runs the first of them that is there.
+pub(super) fn sftp_line() -> String {
+    let programs = SFTP_SERVERS.join(" ");
+    format!("for p in {programs}; do [ -x $p ] && exec $p; done; exit 127")
+}
 
 /// What comes from the command. The last one is `Exit`, `Signal` or `Failed`.
 #[derive(Debug)]
@@ -102,11 +107,31 @@ pub struct ExecSession {
 impl SshPool {
     /// Starts a command or a shell.
     pub async fn exec(&self, spec: &ExecSpec) -> Result<ExecSession> {
+        spec.checked_env()?;
+        if spec.sftp {
+            let begun = self.begin(spec, Program::Subsystem("sftp")).await;
+            match begun {
+                Err(err) if err.code == Code::ExecFailed => {
+                    tracing::debug!(%err, "no subsystem sftp, its program is tried");
+                }
+                begun => return begun,
+            }
+        }
         let line = spec.line(self.user())?;
-        let env = spec.checked_env()?;
+        self.begin(spec, line.map_or(Program::Shell, Program::Line))
+            .await
+    }
+
+    #[cfg(test)]
+    pub(super) async fn subsystem(&self, name: &'static str) -> Result<ExecSession> {
+        self.begin(&ExecSpec::default(), Program::Subsystem(name))
+            .await
+    }
+
+    async fn begin(&self, spec: &ExecSpec, program: Program) -> Result<ExecSession> {
         let (channel, connection) = self.channel().await?;
         let (mut read, write) = channel.split();
-        let early = timeout(START_BOUND, start(&mut read, &write, spec, line, &env))
+        let early = timeout(START_BOUND, start(&mut read, &write, spec, program))
             .await
             .map_err(|_| failed("it did not start within its bound"))??;
         let (stdin, stdin_in) = mpsc::channel(8);
@@ -129,12 +154,19 @@ impl SshPool {
     }
 }
 
+/// What a channel is asked for.
+enum Program {
+    Shell,
+    /// For the login shell.
+    Line(String),
+    Subsystem(&'static str),
+}
+
 impl ExecSpec {
     /// The line for the login shell; `None` is the login shell itself.
     fn line(&self, user: &str) -> Result<Option<String>> {
         if self.sftp {
-            let programs = SFTP_SERVERS.join(" ");
-            let look = format!("for p in {programs}; do [ -x $p ] && exec $p; done; exit 127");
+            let look = sftp_line();
             return quote::command_line(&["sh".into(), "-c".into(), look], None, user).map(Some);
         }
         match (self.command.is_empty(), &self.cwd) {
@@ -147,7 +179,7 @@ impl ExecSpec {
         }
     }
 
-    fn checked_env(&self) -> Result<Vec<(String, String)>> {
+    fn checked_env(&self) -> Result<()> {
         let bad = |what: String| Err(Error::new(Code::InvalidArgument, what));
         if self.env.len() > MAX_ENV {
             return bad(format!(
@@ -170,7 +202,7 @@ impl ExecSpec {
                 ));
             }
         }
-        Ok(self.env.clone())
+        Ok(())
     }
 }
 
@@ -195,10 +227,9 @@ async fn start(
     read: &mut ChannelReadHalf,
     write: &ChannelWriteHalf<Msg>,
     spec: &ExecSpec,
-    line: Option<String>,
-    env: &[(String, String)],
+    program: Program,
 ) -> Result<VecDeque<Output>> {
-    for (name, value) in env {
+    for (name, value) in &spec.env {
         // An sshd that takes no variables only ignores them.
         write.set_env(false, name, value).await.map_err(lost)?;
     }
@@ -214,10 +245,12 @@ async fn start(
             .await
             .map_err(lost)?;
     }
-    match line {
-        Some(line) => write.exec(true, line).await.map_err(lost)?,
-        None => write.request_shell(true).await.map_err(lost)?,
-    }
+    let asked = match program {
+        Program::Line(line) => write.exec(true, line).await,
+        Program::Shell => write.request_shell(true).await,
+        Program::Subsystem(name) => write.request_subsystem(true, name).await,
+    };
+    asked.map_err(lost)?;
     let mut early = VecDeque::new();
     loop {
         match read.wait().await {

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use super::LOGIN_USER;
 use super::agent::AgentLink;
+use super::console::{Console, ConsolePlace};
 use super::exec::{ExecSession, ExecSpec};
 use super::keys::InstanceKeys;
 use super::port::PortStream;
@@ -39,6 +40,7 @@ struct Shared {
     /// Over the network.
     network: SshPool,
     address: Ipv4Addr,
+    console: ConsolePlace,
     reported: Mutex<Option<Instant>>,
 }
 
@@ -62,6 +64,7 @@ impl Guest {
                 port: SshPool::new(port, LOGIN_USER, keys.clone()),
                 network: SshPool::new(network, LOGIN_USER, keys),
                 address,
+                console: ConsolePlace::new(paths.console()),
                 reported: Mutex::new(None),
             }),
         }
@@ -83,6 +86,11 @@ impl Guest {
     /// Connects to a TCP port on the guest's loopback.
     pub async fn port(&self, port: u16) -> Result<PortStream> {
         self.way().await?.port(port).await
+    }
+
+    /// Attaches to the serial console; [`Code::WrongState`] if somebody is.
+    pub async fn console(&self) -> Result<Console> {
+        self.shared.console.open().await
     }
 
     /// Opens the first connection ahead of the first command; failing is no matter.

@@ -3,12 +3,14 @@
 //!
 //! ```text
 //!  pileus.agent.0   JSON lines   agent.rs ── agent.py   boot stages, cloud-init's result, addresses
-//!  pileus.ssh.0…3   SSH          ssh.rs ──── sshd -i    exec.rs: commands, shells; later files, mounts
+//!  pileus.ssh.0…3   SSH          ssh.rs ──── sshd -i    exec.rs: commands, shells, files; later mounts
 //! ```
 //!
 //! The agent gets into the guest with the seed disk ([`seed`]): cloud-init's vendor-data holds it and
 //! the instance's own keys ([`keys`]). The user's own cloud-init text is only checked ([`cloud_init`]),
 //! never rewritten. Everything that comes from a guest is hostile until parsed by [`wire`].
+//!
+//! The serial console ([`console`]) needs nothing of the guest.
 //!
 //! A template's guest is made quiet and its clones become somebody by requests of [`clone`].
 //!
@@ -17,6 +19,7 @@
 pub mod agent;
 pub mod clone;
 pub mod cloud_init;
+pub mod console;
 pub mod exec;
 pub mod handle;
 #[cfg(test)]

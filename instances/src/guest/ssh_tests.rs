@@ -2,7 +2,7 @@
 //! are sockets here.
 
 use super::*;
-use crate::guest::exec::{Control, ExecSession, ExecSpec, Output, Tty};
+use crate::guest::exec::{Control, ExecSession, ExecSpec, Output, Tty, sftp_line};
 use bytes::Bytes;
 use std::process::{Child, Command, Stdio};
 use tokio::net::UnixListener;
@@ -483,4 +483,46 @@ async fn a_port_whose_reader_sleeps_stops_nobody_else() {
     let gone = guest.pool.port(port).await.unwrap();
     drop(gone.from_guest);
     assert_eq!(guest.run(&["exit", "6"]).await.code, Some(6));
+}
+
+/// Says what version it speaks, and hears the server's: 3, as OpenSSH's.
+async fn speaks_sftp(session: &mut ExecSession) -> bool {
+    session
+        .stdin
+        .send(Bytes::from_static(b"\0\0\0\x05\x01\0\0\0\x03"))
+        .await
+        .unwrap();
+    let mut seen = Vec::new();
+    while seen.len() < 9 {
+        match timeout(SOON, session.output.recv()).await.unwrap() {
+            Some(Output::Stdout(bytes)) => seen.extend_from_slice(&bytes),
+            other => panic!("{other:?} after {seen:?}"),
+        }
+    }
+    seen[4..9] == *b"\x02\0\0\0\x03"
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sftp_server_is_a_subsystem_or_a_program() {
+    let Some(guest) = Guest::start().await else {
+        return;
+    };
+    let sftp = ExecSpec {
+        sftp: true,
+        ..ExecSpec::default()
+    };
+    let mut session = guest.exec(&sftp).await;
+    assert!(speaks_sftp(&mut session).await);
+    session.control.send(Control::Eof).await.unwrap();
+    assert_eq!(finish(session).await.code, Some(0));
+    // A server that does not know the word says so, and the program is started by its path.
+    let err = guest.pool.subsystem("no-such").await.unwrap_err();
+    assert_eq!(err.code, Code::ExecFailed);
+    if !Path::new("/usr/lib/openssh/sftp-server").exists() {
+        eprintln!("SKIPPED: this host has no sftp-server where Debian has it");
+        return;
+    }
+    let mut session = guest.exec(&spec(&["sh", "-c", &sftp_line()])).await;
+    assert!(speaks_sftp(&mut session).await);
+    drop(session.stdin);
 }
