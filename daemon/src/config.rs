@@ -102,9 +102,10 @@ impl Args {
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
         let program = std::env::args_os().next().map(PathBuf::from);
         let named = program.is_some_and(|program| program.ends_with("multipassd"));
-        let by_option = self.storage.as_ref().filter(|storage| {
-            Some(storage.as_os_str()) != variable("PILEUS_STORAGE").as_deref()
-        });
+        let by_option = self
+            .storage
+            .as_ref()
+            .filter(|storage| Some(storage.as_os_str()) != variable("PILEUS_STORAGE").as_deref());
         match (by_option, variable("MULTIPASS_STORAGE")) {
             (None, Some(storage)) if named => Some(storage.into()),
             _ => self.storage.clone(),

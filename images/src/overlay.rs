@@ -38,6 +38,25 @@ pub fn create_on_layer(path: &Path, size: Size, layer: &Path) -> Result<()> {
     make(path, size, layer, "qcow2")
 }
 
+/// The size of the disk that the guest sees, as the overlay's header says.
+pub fn size(path: &Path) -> Result<Size> {
+    use std::os::unix::fs::FileExt;
+    let what = format!("Reading {}", path.display());
+    let mut head = [0; 32];
+    let file = std::fs::File::open(path).io(&what)?;
+    file.read_exact_at(&mut head, 0).io(&what)?;
+    let mut size = [0; 8];
+    size.copy_from_slice(&head[24..]);
+    match head.starts_with(b"QFI\xfb") {
+        true => Ok(Size(u64::from_be_bytes(size))),
+        false => Err(not_one(path)),
+    }
+}
+
+fn not_one(path: &Path) -> Error {
+    Error::new(Code::BadImage, format!("{} is no overlay", path.display()))
+}
+
 /// Whether nothing was ever written to the overlay, so that it reads as what lies below it. Only for
 /// overlays that no VM has open.
 pub fn is_empty(path: &Path) -> Result<bool> {
@@ -51,10 +70,7 @@ pub fn is_empty(path: &Path) -> Result<bool> {
     offset.copy_from_slice(&head[40..48]);
     // A table of 2^21 entries is one of a disk of a pebibyte.
     if !head.starts_with(b"QFI\xfb") || entries > 1 << 21 {
-        return Err(Error::new(
-            Code::BadImage,
-            format!("{} is no overlay", path.display()),
-        ));
+        return Err(not_one(path));
     }
     let mut table = vec![0; entries as usize * 8];
     file.read_exact_at(&mut table, u64::from_be_bytes(offset))

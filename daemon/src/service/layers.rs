@@ -143,35 +143,47 @@ fn freeze(layout: &Layout, disk: &Path, layer: Layer, size: Size) -> Result<()> 
     sync_beside(disk)
 }
 
-/// Puts right what a crash left of a freeze. Returns whether the row has changed.
+/// Puts right what a crash left of a freeze, a restore or a growth. Returns whether the row has changed.
 pub(crate) fn settle(layout: &Layout, row: &mut InstanceRow) -> Result<bool> {
+    let before = row.spec.clone();
     let disk = wiring::disk(layout, row);
-    if settle_restore(&disk, row)? {
-        return Ok(true);
+    settle_restore(&disk, row)?;
+    settle_freeze(layout, &disk, row)?;
+    // A growth is noted before it is done.
+    match overlay::size(&disk) {
+        Ok(size) if size != row.spec.disk => {
+            tracing::warn!(instance = %row.name, "its disk did not grow: it was cut off");
+            row.spec.disk = size;
+        }
+        Ok(_) => {}
+        // Its start will say more.
+        Err(err) => tracing::warn!(instance = %row.name, %err, "its disk can't be looked at"),
     }
-    let next = next(&disk);
+    Ok(row.spec != before)
+}
+
+fn settle_freeze(layout: &Layout, disk: &Path, row: &mut InstanceRow) -> Result<()> {
+    let next = next(disk);
     let Some(top) = row.spec.layers.last().copied() else {
-        return Ok(false);
+        return Ok(());
     };
     if !layout.layer(top.0).exists() && disk.exists() {
-        tracing::warn!(instance = %row.name, "a fork was cut off before it began: it is undone");
+        tracing::warn!(instance = %row.name, "a freeze was cut off before it began: it is undone");
         row.spec.layers.pop();
-        files::remove_file(&next)?;
-        return Ok(true);
+        return files::remove_file(&next);
     }
     if !disk.exists() && next.exists() {
-        tracing::warn!(instance = %row.name, "a fork was cut off half-way: its disk is put right");
-        std::fs::rename(&next, &disk).io(format_args!("Renaming {}", next.display()))?;
+        tracing::warn!(instance = %row.name, "a freeze was cut off half-way: its disk is put right");
+        std::fs::rename(&next, disk).io(format_args!("Renaming {}", next.display()))?;
     }
-    Ok(false)
+    files::remove_file(&next)
 }
 
 /// The same for a disk that was being replaced.
-fn settle_restore(disk: &Path, row: &mut InstanceRow) -> Result<bool> {
+fn settle_restore(disk: &Path, row: &mut InstanceRow) -> Result<()> {
     let new = restored(disk);
     if !row.spec.restoring {
-        files::remove_file(&new)?;
-        return Ok(false);
+        return files::remove_file(&new);
     }
     if new.exists() {
         tracing::warn!(instance = %row.name, "a restore was cut off half-way: it is finished");
@@ -179,7 +191,7 @@ fn settle_restore(disk: &Path, row: &mut InstanceRow) -> Result<bool> {
         sync_beside(disk)?;
     }
     row.spec.restoring = false;
-    Ok(true)
+    Ok(())
 }
 
 /// Removes the files that no row and no template knows: what a crash left.
@@ -217,6 +229,7 @@ mod tests {
         files::create_folder(&folder, 0o700).unwrap();
         let disk = wiring::disk(&layout, &row);
         std::fs::write(&disk, "the guest's data").unwrap();
+        row.spec.disk = Size::gib(1);
         let layer = Layer(Uuid::new_v4());
         row.spec.layers.push(layer);
         let size = Size::gib(1);

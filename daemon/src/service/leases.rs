@@ -139,7 +139,10 @@ impl Service {
             .operations
             .begin(OperationKind::Delete, name, |report| async move {
                 let _turn = instance.turn_by_force(&report).await?;
-                service.end(&instance, &report).await
+                match service.parts.registry.by_id(instance.id) {
+                    Some(_) => service.end(&instance, &report).await,
+                    None => Ok(()),
+                }
             })
             .await;
         if let Err(err) = begun {

@@ -175,7 +175,11 @@ impl Service {
             .begin(OperationKind::Delete, name, |report| async move {
                 if purge {
                     let _turn = instance.turn_by_force(&report).await?;
-                    return service.end(&instance, &report).await;
+                    return match service.parts.registry.by_id(instance.id) {
+                        Some(_) => service.end(&instance, &report).await,
+                        // Somebody else has ended it.
+                        None => Ok(()),
+                    };
                 }
                 let _turn = instance.turn(&report).await?;
                 if instance.row().deleted {
@@ -211,6 +215,10 @@ impl Service {
             if row.deleted {
                 let silent = Reporter::silent();
                 let _turn = instance.turn_by_force(&silent).await?;
+                // Somebody may have recovered or ended it meanwhile.
+                if !instance.row().deleted || self.parts.registry.by_id(instance.id).is_none() {
+                    continue;
+                }
                 self.end(&instance, &silent).await?;
                 names.push(row.name.to_string());
             }

@@ -75,6 +75,7 @@ fn an_empty_overlay_is_told_from_one_that_was_written() {
     let path = dir.path().join("o");
     overlay::create(&path, Size::mib(8), &base).unwrap();
     assert!(overlay::is_empty(&path).unwrap());
+    assert_eq!(overlay::size(&path).unwrap(), Size::mib(8));
     let write = format!("write -P 7 {} 512", 7 << 20);
     let done = std::process::Command::new("qemu-io")
         .args(["-f", "qcow2", "-c", &write, text(&path)])
@@ -84,6 +85,7 @@ fn an_empty_overlay_is_told_from_one_that_was_written() {
     assert!(!overlay::is_empty(&path).unwrap());
     // A raw disk is none, and too short a file neither.
     assert!(overlay::is_empty(&base).is_err());
+    assert!(overlay::size(&base).is_err());
     std::fs::write(&path, "QFI").unwrap();
     assert!(overlay::is_empty(&path).is_err());
 }

@@ -270,11 +270,7 @@ impl<D: Driver> Actor<D> {
         self.own(vm);
         self.note_phase(Phase::Starting, began);
         self.save().await?;
-        self.finish_boot(timeout, report).await?;
-        match &self.vm {
-            Some(vm) => self.config.driver.identify(vm, report).await,
-            None => Ok(()),
-        }
+        self.finish_boot(timeout, report).await
     }
 
     pub(super) fn own(&mut self, vm: D::Vm) {

@@ -11,7 +11,7 @@ use super::actor::Actor;
 use super::driver::{Driver, GuestEvent, TRIM_EVERY, Vm, VmEvent};
 
 impl<D: Driver> Actor<D> {
-    /// Waits until the guest is up and cloud-init has ended.
+    /// Waits until the guest is up, cloud-init has ended, and the guest is itself.
     pub(super) async fn finish_boot(&mut self, timeout: Duration, report: &Reporter) -> Result<()> {
         let began = Instant::now();
         report.phase(Phase::Booting);
@@ -24,7 +24,15 @@ impl<D: Driver> Actor<D> {
         .await
         .map_err(|err| self.explain(err, Phase::Booting, timeout))?;
         self.note_phase(Phase::Booting, began);
-        self.finish_cloud_init(timeout, report).await
+        self.finish_cloud_init(timeout, report).await?;
+        self.identify(report).await
+    }
+
+    /// A guest on a copy of another one's disk does not count as running before it is itself.
+    pub(super) async fn identify(&mut self, report: &Reporter) -> Result<()> {
+        let Some(vm) = &self.vm else { return Ok(()) };
+        let driver = self.config.driver.clone();
+        report.or_cancelled(driver.identify(vm, report)).await
     }
 
     /// Waits until cloud-init has ended.

@@ -1,7 +1,7 @@
 //! What the VM and its guest tell by themselves, outside of requests: ends, panics, reboots, reports.
 
 use pileus_api::{ErrorBody, InstanceState};
-use pileus_base::{Code, Error};
+use pileus_base::{Code, Error, Reporter};
 use tokio::time::Instant;
 
 use super::BOOT_TIMEOUT;
@@ -49,7 +49,13 @@ impl<D: Driver> Actor<D> {
                 );
                 if waiting {
                     self.reboot_until = None;
-                    self.set_state(InstanceState::Running).await;
+                    match self.identify(&Reporter::silent()).await {
+                        Ok(()) => self.set_state(InstanceState::Running).await,
+                        Err(err) => {
+                            self.config.snapshot.last_error = Some(err.into());
+                            self.set_state(InstanceState::Unknown).await;
+                        }
+                    }
                 }
             }
             VmEvent::Guest(event) => {

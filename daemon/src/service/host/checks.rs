@@ -191,7 +191,7 @@ fn programs(facts: &Facts) -> Check {
 fn network(facts: &Facts) -> Check {
     let name = "network";
     match facts.network.as_slice() {
-        [] => good(name, "The private network is up and reaches the outside."),
+        [] => good(name, "The private network is up."),
         [only] => bad(name, only),
         several => {
             let told: Vec<_> = several.iter().map(|err| sentence(&err.message)).collect();
