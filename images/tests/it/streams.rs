@@ -40,9 +40,9 @@ fn version(path: &str, bytes: &[u8]) -> Value {
 
 fn put_list(files: &mut Files, folder: &str, products: &Value) {
     let index = json!({ "format": "index:1.0", "index": {
-        "com.ubuntu.cloud:released:aws": { "datatype": "image-ids", "path": "streams/v1/aws.json" },
+        "com.ubuntu.cloud:released:aws": { "datatype": "image-ids", "path": "streams/v1/com.ubuntu.cloud:released:aws.json" },
         "com.ubuntu.cloud:released:download": { "datatype": "image-downloads",
-            "format": "products:1.0", "path": "streams/v1/download.json" } } });
+            "format": "products:1.0", "path": "streams/v1/com.ubuntu.cloud:released:download.json" } } });
     let list = json!({ "content_id": "com.ubuntu.cloud:released:download", "format": "products:1.0",
         "datatype": "image-downloads", "products": products });
     files.insert(
@@ -50,7 +50,7 @@ fn put_list(files: &mut Files, folder: &str, products: &Value) {
         index.to_string().into(),
     );
     files.insert(
-        format!("/{folder}streams/v1/download.json"),
+        format!("/{folder}streams/v1/com.ubuntu.cloud:released:download.json"),
         list.to_string().into(),
     );
 }
@@ -215,7 +215,7 @@ async fn the_list_is_asked_for_once_and_an_image_too() {
         paths,
         [
             "/releases/streams/v1/index.json",
-            "/releases/streams/v1/download.json",
+            "/releases/streams/v1/com.ubuntu.cloud:released:download.json",
             "/releases/server/releases/noble/new.img"
         ]
     );
@@ -440,13 +440,16 @@ async fn nobody_there_and_nothing_known() {
 
 #[tokio::test]
 async fn lists_that_are_none() {
-    let huge = format!("{{\"index\": {{}}, \"x\": \"{}\"}}", "y".repeat(2 << 20));
+    let huge = format!("{{\"index\": {{}}, \"x\": \"{}\"}}", "y".repeat(5 << 20));
     for (path, bytes) in [
         ("/releases/streams/v1/index.json", "{\"index\": ".to_owned()),
         ("/releases/streams/v1/index.json", huge),
-        ("/releases/streams/v1/download.json", "<html>".to_owned()),
         (
-            "/releases/streams/v1/download.json",
+            "/releases/streams/v1/com.ubuntu.cloud:released:download.json",
+            "<html>".to_owned(),
+        ),
+        (
+            "/releases/streams/v1/com.ubuntu.cloud:released:download.json",
             "{\"products\": 7}".to_owned(),
         ),
     ] {
@@ -462,7 +465,7 @@ async fn lists_that_are_none() {
         .lock()
         .unwrap()
         .files
-        .remove("/releases/streams/v1/download.json");
+        .remove("/releases/streams/v1/com.ubuntu.cloud:released:download.json");
     let err = world.get("noble").await.unwrap_err();
     assert!(err.message.contains("404"), "{err}");
 }

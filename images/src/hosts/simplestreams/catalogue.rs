@@ -18,7 +18,7 @@ use super::{ARCH, StreamsConfig};
 
 const INDEX: &str = "streams/v1/index.json";
 /// Real ones have a few kilobytes and a few megabytes.
-const MAX_INDEX: usize = 1 << 20;
+const MAX_INDEX: usize = 4 << 20;
 const MAX_PRODUCTS: usize = 64 << 20;
 /// After a failure the copy is used for this time before the host is asked again.
 const REST: Duration = Duration::from_secs(60);

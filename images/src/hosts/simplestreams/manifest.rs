@@ -181,8 +181,10 @@ fn best(version: Version) -> Option<(Digest, String)> {
 
 /// Whether a path stays below the address that it is joined to, and is nothing but a path.
 fn is_below(path: &str) -> bool {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"._+-~/".contains(&b);
-    !path.is_empty()
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"._+-~:/".contains(&b);
+    // A colon in the first part would make the rest an address of its own.
+    let first = path.split('/').next().unwrap_or_default();
+    !first.contains(':')
         && path.len() <= 1024
         && path.bytes().all(plain)
         && path
@@ -255,9 +257,9 @@ mod tests {
     fn the_index_leads_to_the_first_list_of_images() {
         let path = index(
             br#"{"index": {"a": {"datatype": "image-ids", "path": "x"}, "b": 7,
-                "c": {"datatype": "image-downloads", "path": "streams/v1/c.json", "format": "?"}}}"#,
+                "c": {"datatype": "image-downloads", "path": "streams/v1/com.x:y:z.json", "format": "?"}}}"#,
         );
-        assert_eq!(path.unwrap(), "streams/v1/c.json");
+        assert_eq!(path.unwrap(), "streams/v1/com.x:y:z.json");
         for bad in [
             "",
             "[]",
@@ -265,6 +267,9 @@ mod tests {
             r#"{"index": {}}"#,
             r#"{"index": {"a": {"datatype": "image-downloads", "path": "../../x"}}}"#,
             r#"{"index": {"a": {"datatype": "image-downloads", "path": "http://else.invalid/x"}}}"#,
+            r#"{"index": {"a": {"datatype": "image-downloads", "path": "http:x/y"}}}"#,
+            r#"{"index": {"a": {"datatype": "image-downloads", "path": "/x"}}}"#,
+            r#"{"index": {"a": {"datatype": "image-downloads", "path": ""}}}"#,
         ] {
             let err = index(bad.as_bytes()).unwrap_err();
             assert_eq!(err.code, Code::FetchFailed, "{bad}");
