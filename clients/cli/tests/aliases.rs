@@ -165,7 +165,11 @@ fn aliases_go_with_their_instance() {
     let daemon = daemon();
     daemon.run("alias foo:whoami wai");
     daemon.run("alias bar:id me");
+    let other = |line: &str| Ran::of(&daemon.named("multipass", line).output().unwrap());
+    other("alias foo:top");
+    assert_eq!(other("top").out, "top\n");
     assert_eq!(daemon.run("delete --purge foo"), Ran::ok(""));
+    assert_eq!(other("aliases"), Ran::ok("No aliases defined.\n"));
     let names = daemon.run("aliases --format csv").out;
     assert!(
         names.contains("me,bar") && !names.contains("foo"),

@@ -16,6 +16,7 @@ use pileus_client::Client;
 use self::store::{Aliases, Folder};
 use crate::environment::Environment;
 use crate::error::CommandError;
+use crate::personality::Personality;
 use crate::terminal;
 
 fn home(env: &Environment) -> Result<PathBuf> {
@@ -72,7 +73,7 @@ pub(crate) fn change<T>(
 /// the instances are gone all the same.
 pub(crate) async fn forget_gone(env: &Environment, client: &Client, names: &[InstanceName]) {
     let names: Vec<&str> = names.iter().map(InstanceName::as_str).collect();
-    if !any_of(env, &names) {
+    if !both(env).iter().any(|env| any_of(env, &names)) {
         return;
     }
     let Ok(there) = client.instances().await else {
@@ -85,16 +86,26 @@ pub(crate) async fn forget_gone(env: &Environment, client: &Client, names: &[Ins
 
 /// As [`forget_gone`], of instances that are known to be gone.
 pub(crate) fn forget(env: &Environment, instances: &[&str]) {
-    if !any_of(env, instances) {
-        return;
+    for env in &both(env) {
+        if !any_of(env, instances) {
+            continue;
+        }
+        let forgotten = change(env, |aliases| {
+            aliases.forget(instances);
+            Ok(())
+        });
+        if let Err(err) = forgotten {
+            warn(&err.error);
+        }
     }
-    let forgotten = change(env, |aliases| {
-        aliases.forget(instances);
-        Ok(())
-    });
-    if let Err(err) = forgotten {
-        warn(&err.error);
-    }
+}
+
+/// The surroundings under each name of this program: both have aliases, and the instances are the same.
+fn both(env: &Environment) -> [Environment; 2] {
+    [Personality::Pileus, Personality::Multipass].map(|personality| Environment {
+        personality,
+        ..env.clone()
+    })
 }
 
 /// Whether any alias belongs to one of these instances.
