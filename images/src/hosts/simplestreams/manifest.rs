@@ -81,7 +81,8 @@ struct Version {
 
 #[derive(Deserialize)]
 struct Form {
-    ftype: String,
+    /// The item's name, if it is missing.
+    ftype: Option<String>,
     path: String,
     sha256: String,
 }
@@ -143,7 +144,8 @@ fn add(product: Product, entries: &mut Vec<Entry>) {
         .map(str::to_owned)
         .collect();
     let supported = product.supported || aliases.iter().any(|alias| alias.contains("devel"));
-    let versions = product.versions.into_iter().rev();
+    let mut versions: Vec<_> = product.versions.into_iter().collect();
+    versions.sort_by(|(a, _), (b, _)| order(b).cmp(&order(a)));
     for (version, parts) in versions {
         let Some((digest, path)) = parts.good().and_then(best) else {
             continue;
@@ -167,13 +169,15 @@ fn add(product: Product, entries: &mut Vec<Entry>) {
 
 /// The form of the disk that is taken.
 fn best(version: Version) -> Option<(Digest, String)> {
-    let forms: Vec<Form> = version
-        .items
-        .into_values()
-        .filter_map(Lenient::good)
+    let items = version.items.into_iter();
+    let forms: Vec<(String, Form)> = items
+        .filter_map(|(name, form)| {
+            let form = form.good()?;
+            Some((form.ftype.clone().unwrap_or(name), form))
+        })
         .collect();
     FORMS.iter().find_map(|wanted| {
-        let form = forms.iter().find(|form| form.ftype == *wanted)?;
+        let (_, form) = forms.iter().find(|(kind, _)| kind == wanted)?;
         let digest = form.sha256.parse().ok()?;
         is_below(&form.path).then(|| (digest, form.path.clone()))
     })
@@ -318,6 +322,7 @@ mod tests {
         assert_eq!(digit(&some), '3');
         for bad in [
             serde_json::json!({ "4": form("manifest", '4') }),
+            serde_json::json!({ "1": { "path": "x", "sha256": hash('1') } }),
             serde_json::json!({ "1": { "ftype": "disk1.img", "path": "x" } }),
             serde_json::json!({ "1": { "ftype": "disk1.img", "path": "x", "sha256": "abc" } }),
             serde_json::json!({ "1": { "ftype": "disk1.img", "path": "/etc/x", "sha256": hash('1') } }),
@@ -329,6 +334,18 @@ mod tests {
             // The older version gets the names then.
             assert_eq!(digit(&bad), 'b', "{bad}");
         }
+    }
+
+    #[test]
+    fn versions_are_compared_by_number_and_items_known_by_name() {
+        let item = |digit: char| serde_json::json!({ "items": { "disk1.img": { "path": "x", "sha256": hash(digit) } } });
+        let mut noble = product(&serde_json::json!({}));
+        noble["versions"] = serde_json::json!({
+            "20260101": item('1'), "20260101.9": item('2'), "20260101.10": item('3') });
+        let entries = products(&document(&serde_json::json!({ "p": noble })), "amd64").unwrap();
+        let digits: String = entries.iter().map(|e| &e.digest.hex()[..1]).collect();
+        assert_eq!(digits, "321");
+        assert_eq!(entries[0].version, "20260101.10");
     }
 
     #[test]
