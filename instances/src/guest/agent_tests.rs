@@ -257,6 +257,12 @@ async fn the_real_agent_reports_reconnects_and_rests() {
         .await
         .unwrap_err();
     assert!(err.message.contains("unknown request"), "{err}");
+    link.request("sync", json!({}), SOON).await.unwrap();
+    let err = link
+        .request("rename", json!({"hostname": "-"}), SOON)
+        .await
+        .unwrap_err();
+    assert!(err.message.contains("not a host name"), "{err}");
     // The part that only clones need is loaded on request.
     let items = link.identity(SOON).await.unwrap();
     let hostname = items.iter().find(|(name, _)| name == "hostname").unwrap();

@@ -134,7 +134,9 @@ class Agent:
         if what == "set-time":
             time.clock_settime(time.CLOCK_REALTIME, float(request["unix"]))
             return None, None
-        if what in ("quiesce", "identify", "name", "identity", "resumed", "rename", "grow", "wall", "sync"):
+        if what in LIFE:
+            return LIFE[what](self, request)
+        if what in ("quiesce", "identify", "name", "identity"):
             return self.clone_part()[what](self, request)
         if what in ("poweroff", "reboot"):
             return None, lambda: self.shut_down(what)
