@@ -7,6 +7,7 @@ use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 use pileus_client::Client;
 
 use crate::args::Global;
+use crate::client_settings;
 use crate::environment::Environment;
 use crate::place::Place;
 use crate::render;
@@ -22,6 +23,25 @@ pub(crate) fn instances() -> ArgValueCandidates {
                 CompletionCandidate::new(i.name.as_str()).help(Some(render::state(i).into()))
             };
             Some(instances.iter().map(candidate).collect())
+        })
+    })
+}
+
+/// Completes names of instances and, as `INSTANCE.SNAPSHOT`, of their snapshots.
+pub(crate) fn targets() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        ask(async |client| {
+            let instances = client.instances().await.ok()?;
+            let snapshots = client.all_snapshots().await.unwrap_or_default();
+            let instance = |i: &pileus_api::Instance| {
+                CompletionCandidate::new(i.name.as_str()).help(Some(render::state(i).into()))
+            };
+            let snapshot = |s: &pileus_api::Snapshot| {
+                let name = format!("{}.{}", s.instance, s.name);
+                CompletionCandidate::new(name).help(Some(s.comment.clone().into()))
+            };
+            let instances = instances.iter().map(instance);
+            Some(instances.chain(snapshots.iter().map(snapshot)).collect())
         })
     })
 }
@@ -74,7 +94,8 @@ pub(crate) fn settings() -> ArgValueCandidates {
             let candidate = |s: &pileus_api::Setting| {
                 CompletionCandidate::new(&s.key).help(Some(s.values.clone().into()))
             };
-            Some(settings.iter().map(candidate).collect())
+            let own = CompletionCandidate::new(client_settings::PRIMARY);
+            Some(settings.iter().map(candidate).chain([own]).collect())
         })
     })
 }

@@ -45,6 +45,8 @@ pub fn markdown() -> String {
          | 130, 143 | ended by Ctrl-C, by SIGTERM |\n\
          | 255 | `exec`, `shell`: the way to the command broke; else they give the command's own code |\n\
          | 124, 125 | `run`: the command's time was over; pileus itself failed (else the command's own code) |\n\n\
+         Called by the name `multipass` (a link to it) the program answers as Multipass 1.16 does: the same\n\
+         commands, texts and shapes. What stands here is its behaviour as `pileus`.\n\n\
          Data goes to standard output, all else to standard error. Progress is drawn only if standard\n\
          error is a terminal. `NO_COLOR` is honoured.\n\n",
     );

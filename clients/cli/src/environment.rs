@@ -17,7 +17,7 @@ pub struct Environment {
     pub folders: UserFolders,
     /// The folder of this program's own settings: `$XDG_CONFIG_HOME/pileus`. None without a home.
     pub config_folder: Option<PathBuf>,
-    /// PILEUS_SOCKET
+    /// PILEUS_SOCKET; under the name `multipass` the path of MULTIPASS_SERVER_ADDRESS comes first
     pub socket: Option<PathBuf>,
     /// PILEUS_STORAGE; under the name `multipass` MULTIPASS_STORAGE comes first
     pub storage: Option<PathBuf>,
@@ -61,7 +61,9 @@ impl Environment {
                 runtime_dir: path("XDG_RUNTIME_DIR"),
                 uid: rustix::process::getuid().as_raw(),
             },
-            socket: path("PILEUS_SOCKET"),
+            socket: multipass("MULTIPASS_SERVER_ADDRESS")
+                .and_then(|address| Some(PathBuf::from(address.to_str()?.strip_prefix("unix:")?)))
+                .or_else(|| path("PILEUS_SOCKET")),
             storage: multipass("MULTIPASS_STORAGE").or_else(|| path("PILEUS_STORAGE")),
             term: env::var("TERM").unwrap_or_default(),
             search_path: env::var_os("PATH").unwrap_or_default(),

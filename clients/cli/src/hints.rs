@@ -8,6 +8,11 @@ pub fn for_code(code: Code) -> Option<&'static str> {
         Code::ImageNotFound => "pileus find lists the images that can be launched.",
         Code::InstanceExists => "Choose another name, or delete that instance with --purge first.",
         Code::InstanceDeleted => "pileus recover brings it back; pileus purge removes it for good.",
+        Code::SnapshotNotFound => "pileus list --snapshots shows the snapshots.",
+        Code::SnapshotExists => "Choose another name with --name.",
+        Code::CantResume => {
+            "pileus stop --force drops the saved memory; the disk stays, and the instance can boot."
+        }
         Code::TemplateNotFound => "pileus template list shows the templates.",
         Code::NoTemplate => {
             "pileus template create IMAGE makes one; without --warm the guest boots."

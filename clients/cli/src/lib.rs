@@ -2,6 +2,7 @@
 //! holds no state and does nothing that others could not do over the API.
 //!
 //! ```text
+//! personality.rs   pileus, or as multipass           parse.rs         reads the line, by name
 //! args.rs          the options of all commands      environment.rs   what the process was given
 //! commands/        one file a command               place.rs         which daemon is meant
 //! render/          answers as table, JSON, …        daemon.rs        connect, start the user's own
@@ -28,6 +29,7 @@ pub mod environment;
 pub mod error;
 mod general_help;
 pub mod hints;
+mod parse;
 pub mod personality;
 mod place;
 mod primary;
@@ -50,6 +52,7 @@ use std::process::ExitCode;
 
 pub use args::command;
 pub use environment::Environment;
+pub use parse::grammar;
 pub use personality::Personality;
 
 use crate::args::Command;
@@ -57,7 +60,7 @@ use crate::context::Context;
 
 /// Runs one command line and returns the process's exit code.
 pub fn run(args: impl IntoIterator<Item = OsString>, env: Environment) -> ExitCode {
-    let cli = match args::parse(args, &env) {
+    let cli = match parse::parse(args, &env) {
         Ok(cli) => cli,
         Err(code) => return code,
     };
@@ -65,7 +68,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>, env: Environment) -> ExitCo
         Some(command) => command,
         // The old way to ask for it.
         None if cli.version && env.personality.multipass() => Command::version(),
-        None => return args::no_command(cli.version, env.personality),
+        None => return parse::no_command(cli.version, env.personality),
     };
     // One thread is enough: the work is done by the daemon.
     let runtime = match tokio::runtime::Builder::new_current_thread()

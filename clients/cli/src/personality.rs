@@ -4,7 +4,7 @@
 //! All that differs by name is asked of this type, in these places and no others:
 //!
 //! ```text
-//! args.rs          which commands and options there are      usage.rs    texts of bad command lines
+//! parse.rs         which commands and options there are      usage.rs    texts of bad command lines
 //! error.rs         how errors look (no code, no hint)        help.rs     the list of commands
 //! environment.rs   MULTIPASS_STORAGE                         render/     what pileus tells beyond
 //! commands/X.rs    what only one of them allows: ask `context.multipass()`

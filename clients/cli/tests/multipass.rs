@@ -84,6 +84,16 @@ fn help_lists_the_commands_as_tools_read_them() {
         assert_eq!(daemon.multipass(line), failed(1, &text));
     }
     assert!(daemon.calls().is_empty());
+    let completed = daemon
+        .multipass_command("-- multipass susp")
+        .env("COMPLETE", "bash")
+        .env("_CLAP_COMPLETE_INDEX", "1")
+        .env("_CLAP_COMPLETE_COMP_TYPE", "9")
+        .env("_CLAP_COMPLETE_SPACE", "true")
+        .env("_CLAP_IFS", "\n")
+        .output()
+        .unwrap();
+    assert_eq!(Ran::of(&completed).out.trim(), "suspend");
 }
 
 #[test]
@@ -137,6 +147,15 @@ fn its_storage_is_honoured() {
         Ran::of(&output.unwrap())
     };
     assert_eq!(run("MULTIPASS_STORAGE").code, 0);
+    let by_address = daemon
+        .multipass_command("list --format csv")
+        .env("PILEUS_SOCKET", "/nope")
+        .env(
+            "MULTIPASS_SERVER_ADDRESS",
+            format!("unix:{}", daemon.socket().display()),
+        )
+        .output();
+    assert_eq!(Ran::of(&by_address.unwrap()).code, 0);
     let own = daemon
         .command("list --format csv")
         .env_remove("PILEUS_SOCKET")

@@ -6,9 +6,9 @@ use pileus_api::Code;
 
 use crate::aliases::store::{Alias, Folder};
 use crate::aliases::{self, scripts};
-use crate::args;
 use crate::context::Context;
 use crate::error::{CommandError, Outcome};
+use crate::parse;
 
 /// Create an alias
 #[derive(Debug, Clone, clap::Args)]
@@ -45,7 +45,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
         return Err(CommandError::usage("Alias has to be a valid filename"));
     };
     exists(context, instance).await?;
-    if args::is_command(context.env.personality, name) {
+    if parse::is_command(context.env.personality, name) {
         let text = format!("Alias name '{name}' clashes with a command name");
         return Err(CommandError::usage(text));
     }

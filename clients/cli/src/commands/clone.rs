@@ -19,7 +19,7 @@ Examples:
   pileus clone web.before-upgrade      as it was then")]
 pub struct Args {
     /// The instance, or one of its snapshots
-    #[arg(value_name = "NAME[.SNAPSHOT]", add = complete::instances())]
+    #[arg(value_name = "NAME[.SNAPSHOT]", add = complete::targets())]
     pub source: String,
     /// Name of the clone; NAME-cloneN if not given
     #[arg(short, long, value_name = "NAME")]

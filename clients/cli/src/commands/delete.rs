@@ -13,7 +13,7 @@ use crate::{aliases, complete, prompt};
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// Instances, and snapshots of instances
-    #[arg(value_name = "NAME[.SNAPSHOT]", add = complete::instances())]
+    #[arg(value_name = "NAME[.SNAPSHOT]", add = complete::targets())]
     pub targets: Vec<String>,
     /// All instances
     #[arg(long)]

@@ -2,7 +2,7 @@
 
 use crate::context::Context;
 use crate::error::{CommandError, Outcome};
-use crate::{args, general_help};
+use crate::{general_help, parse};
 
 /// Display help about a command
 #[derive(Debug, Clone, clap::Args)]
@@ -17,7 +17,7 @@ pub(crate) fn run(context: &Context, args: &Args) -> Outcome {
     if personality.multipass() && args.command.is_empty() {
         return context.print(&general_help::text());
     }
-    let mut root = args::grammar(personality);
+    let mut root = parse::grammar(personality);
     root.build();
     let mut command = &mut root;
     for name in &args.command {

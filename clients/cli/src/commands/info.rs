@@ -18,7 +18,7 @@ use crate::{client_settings, complete};
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// Instances and snapshots; all instances if none is given
-    #[arg(value_name = "NAME[.SNAPSHOT]", add = complete::instances())]
+    #[arg(value_name = "NAME[.SNAPSHOT]", add = complete::targets())]
     pub names: Vec<String>,
     #[command(flatten)]
     pub format: FormatOption,

@@ -16,7 +16,7 @@ What the instance is now is lost; you are asked whether to take a snapshot of th
 One that runs is ended, and runs again afterwards.")]
 pub struct Args {
     /// The instance and its snapshot
-    #[arg(value_name = "NAME.SNAPSHOT", add = complete::instances())]
+    #[arg(value_name = "NAME.SNAPSHOT", add = complete::targets())]
     pub target: String,
     /// Discard what the instance is now, without asking
     #[arg(short, long)]

@@ -11,6 +11,7 @@ pub mod info;
 pub mod list;
 pub mod networks;
 pub mod node;
+mod own;
 #[cfg(test)]
 pub(crate) mod samples;
 pub mod settings;

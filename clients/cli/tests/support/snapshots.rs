@@ -66,14 +66,18 @@ async fn take_snapshot(
     (StatusCode::ACCEPTED, Json(reply)).into_response()
 }
 
-fn find_snapshot(app: &App, instance: &str, name: &str) -> Result<serde_json::Value, Response> {
+fn find_snapshot(
+    app: &App,
+    instance: &str,
+    name: &str,
+) -> Result<serde_json::Value, Box<Response>> {
     let script = app.script.lock().unwrap();
     let mut all = script.snapshots.iter();
     let found = all.find(|s| s["instance"] == instance && s["name"] == name);
     found.cloned().ok_or_else(|| {
         let text = format!("No such snapshot: {instance}.{name}");
         let error = Error::new(Code::SnapshotNotFound, text).into();
-        (StatusCode::NOT_FOUND, Json(ErrorReply { error })).into_response()
+        Box::new((StatusCode::NOT_FOUND, Json(ErrorReply { error })).into_response())
     })
 }
 
@@ -83,7 +87,7 @@ async fn snapshot(
 ) -> Response {
     match find_snapshot(&app, &instance, &name) {
         Ok(snapshot) => Json(snapshot).into_response(),
-        Err(response) => response,
+        Err(response) => *response,
     }
 }
 
@@ -93,7 +97,7 @@ async fn on_snapshot(
 ) -> Response {
     match find_snapshot(&app, &instance, &name) {
         Ok(_) => begin(&app, OperationKind::Restore, &instance),
-        Err(response) => response,
+        Err(response) => *response,
     }
 }
 
