@@ -6,7 +6,7 @@
 
 pub(crate) mod admission;
 mod clone;
-pub(crate) mod console;
+mod console;
 mod convert;
 mod fork;
 mod guest;
