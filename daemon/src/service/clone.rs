@@ -191,7 +191,8 @@ impl Service {
         Ok(convert::instance(&instance))
     }
 
-    async fn rewrite_seed(&self, row: &InstanceRow, state: InstanceState) -> Result<()> {
+    /// Makes the seed anew: with the name that the instance has, and this pileus's agent.
+    pub(super) async fn rewrite_seed(&self, row: &InstanceRow, state: InstanceState) -> Result<()> {
         let folder = self.parts.layout.instance(row.id);
         let row = row.clone();
         super::blocking(move || {

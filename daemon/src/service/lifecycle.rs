@@ -50,6 +50,8 @@ impl Service {
         let promise = match at_rest {
             InstanceState::Stopped => {
                 self.apply_pending(instance).await?;
+                // An instance that an older pileus made gets the agent that this one talks to.
+                self.rewrite_seed(&instance.row(), at_rest).await?;
                 Some(self.admit(instance.row().spec.memory, Start::Cold).await?)
             }
             InstanceState::Suspended => {
