@@ -127,7 +127,7 @@ class Os:
 names["os"] = Os
 class Ssh:
     def __init__(self, visit): self.visit = visit
-    def end(self): done.append(("end", self.visit))
+    def hang_up(self): done.append(("end", self.visit))
 class Agent:
     visits, ssh = 3, {"a": Ssh(2), "b": Ssh(3)}
     hello = staticmethod(lambda: {"type": "hello"})

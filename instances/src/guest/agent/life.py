@@ -135,7 +135,7 @@ def resumed(agent, request):
         put(GENERATION, " ".join(words + [os.urandom(8).hex()]) + "\n")
     for ssh in agent.ssh.values():
         if ssh.visit != agent.visits:
-            ssh.end()
+            ssh.hang_up()
     agent.send(agent.hello())
     passed = time.time() - before
     return {"passed": passed}, lambda: after_resume(agent, passed)

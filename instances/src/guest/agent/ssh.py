@@ -146,6 +146,15 @@ class Ssh:
             except OSError:
                 break
 
+    def hang_up(self):
+        """Begins to end it; the next open waits for that."""
+        child = self.child
+        if child is not None and child.poll() is None:
+            try:
+                os.killpg(child.pid, signal.SIGTERM)
+            except OSError:
+                pass
+
     def drain(self, limit=3.0):
         """Throws away what an old connection left: until the host is away, or silence."""
         deadline = time.monotonic() + limit
