@@ -100,6 +100,12 @@ impl<D: Driver> Actor<D> {
 
     /// The daemon has started again and found the VM: go on where it was left.
     async fn after_adoption(&mut self) {
+        // The daemon before may have ended before it noted what it had started.
+        let clock = self.config.clock;
+        let snapshot = &mut self.config.snapshot;
+        snapshot.process = self.vm.as_ref().map(Vm::process);
+        snapshot.started_at.get_or_insert_with(clock);
+        self.save_or_warn().await;
         match self.config.snapshot.state {
             InstanceState::Suspending => {
                 if let Some(vm) = &self.vm

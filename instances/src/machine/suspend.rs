@@ -30,14 +30,11 @@ impl<D: Driver> Actor<D> {
         if self.permit(Ask::Suspend)? == Decision::Nothing {
             return Ok(());
         }
-        let began = Instant::now();
         report.phase(Phase::Suspending);
-        self.config.snapshot.phases.clear();
         self.config.snapshot.last_error = None;
         self.set_state(InstanceState::Suspending).await;
         let Err(error) = self.save_machine(report, interrupt).await else {
             self.end_vm().await;
-            self.note_phase(Phase::Suspending, began);
             self.set_state(InstanceState::Suspended).await;
             return Ok(());
         };
