@@ -417,6 +417,19 @@ impl Daemon {
         serde_json::from_str(body).unwrap_or_else(|err| panic!("GET {path}: {err}: {answer}"))
     }
 
+    /// The API, for tests that need no CLI.
+    pub fn api(&self) -> crate::Api {
+        crate::Api::new(&self.socket())
+    }
+
+    /// Pid of an instance's machine, if it runs.
+    pub fn machine_of(&self, id: &str) -> Option<i32> {
+        let folder: String = id.chars().filter(|c| *c != '-').take(8).collect();
+        let file = self.storage().join("run/i").join(folder).join("qemu.pid");
+        let pid: i32 = fs::read_to_string(file).ok()?.trim().parse().ok()?;
+        is_alive(pid).then_some(pid)
+    }
+
     /// Runs a command in an instance's guest; it must work, and gives what it said.
     #[track_caller]
     pub fn exec(&self, name: &str, words: &[&str]) -> String {

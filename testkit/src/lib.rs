@@ -5,12 +5,14 @@
 //! A test reads like instructions; whatever is long belongs here. Things that can't run on this
 //! machine say so loudly: [`need`] prints `SKIPPED: reason`, and in CI it fails instead.
 
+mod api;
 mod cli;
 mod daemon;
 mod image;
 mod netns;
 mod template;
 
+pub use api::{Api, Refusal};
 pub use cli::Output;
 pub use daemon::{Daemon, Options};
 pub use image::{GUEST_IMAGE, guest_image};

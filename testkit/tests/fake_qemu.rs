@@ -4,11 +4,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use pileus_base::{Code, Size};
+use pileus_images::overlay;
 use pileus_instances::guest::agent::AgentLink;
+use pileus_instances::guest::handle::Guest;
+use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::guest::wire::CloudInitState;
 use pileus_instances::qemu::{
-    Accelerator, Boot, Disk, MachineSpec, Memory, Nic, Paths, Port, PowerState, Qemu, Vm, VmEvent,
-    process,
+    Accelerator, Boot, Disk, MachineSpec, Memory, Nic, Paths, Port, PowerState, Qemu, Stream, Vm,
+    VmEvent, process,
 };
 
 struct Fake {
@@ -29,8 +32,8 @@ impl Fake {
             base: own.join("base.raw"),
             layers: vec![own.join("disk.qcow2")],
         };
-        std::fs::write(&disk.base, "").unwrap();
-        std::fs::write(&disk.layers[0], "").unwrap();
+        std::fs::write(&disk.base, vec![0; 1 << 20]).unwrap();
+        overlay::create(&disk.layers[0], Size::gib(1), &disk.base).unwrap();
         let spec = MachineSpec {
             name: "faker".parse().unwrap(),
             uuid: uuid::Uuid::new_v4(),
@@ -60,6 +63,35 @@ impl Fake {
             seen.push(next.await.unwrap().unwrap());
         }
         seen
+    }
+
+    async fn start(&self) -> Vm {
+        let (vm, _) = Vm::start(&self.qemu, &self.spec, None, None).await.unwrap();
+        vm
+    }
+
+    /// A machine that takes up what is in the file, and is let go on.
+    async fn go_on_from(&self, file: &Path, stream: Stream) -> Vm {
+        let spec = MachineSpec {
+            incoming: true,
+            ..self.spec.clone()
+        };
+        let (vm, _) = Vm::start(&self.qemu, &spec, None, None).await.unwrap();
+        let saved = std::fs::File::open(file).unwrap();
+        vm.restore_all(saved, stream).await.unwrap();
+        assert_eq!(vm.status().await.unwrap(), PowerState::Paused);
+        vm.resume().await.unwrap();
+        vm
+    }
+
+    fn guest(&self) -> Guest {
+        let keys = InstanceKeys::generate().unwrap();
+        let nobody = std::net::Ipv4Addr::LOCALHOST;
+        Guest::connect(&self.spec.paths, self.folder.path(), keys, nobody)
+    }
+
+    fn words(&self, words: &str) {
+        std::fs::write(self.folder.path().join("fake-qemu.faker"), words).unwrap();
     }
 
     fn console(&self) -> String {
@@ -170,4 +202,152 @@ async fn cloud_inits_ends_and_a_guest_that_does_not_listen() {
     let lives = tokio::time::timeout(Duration::from_millis(200), vm.wait()).await;
     assert!(lives.is_err());
     vm.quit().await.unwrap();
+}
+
+const SOON: Duration = Duration::from_secs(10);
+
+async fn boot_id(guest: &Guest) -> String {
+    let hello = tokio::time::timeout(SOON, guest.agent().wait_hello());
+    hello.await.unwrap().unwrap().boot_id
+}
+
+#[tokio::test]
+async fn a_suspended_machine_is_the_same_one_when_it_goes_on() {
+    let fake = Fake::new("fast").await;
+    let file = fake.folder.path().join("memory");
+    let vm = fake.start().await;
+    let guest = fake.guest();
+    let first = boot_id(&guest).await;
+    guest.sync(SOON).await.unwrap();
+
+    // Given up: it goes on as if nothing had been, and does what it is asked for.
+    fake.words("fast suspend-fails");
+    vm.pause().await.unwrap();
+    let written = std::fs::File::create(&file).unwrap();
+    assert!(vm.save_all(written).await.is_err());
+    vm.resume().await.unwrap();
+    fake.words("fast rename-fails");
+    let name = "other".parse().unwrap();
+    let err = guest.rename(&name, SOON).await.unwrap_err();
+    assert_eq!(err.code, Code::ExecFailed);
+    fake.words("fast");
+    guest.rename(&name, SOON).await.unwrap();
+
+    vm.pause().await.unwrap();
+    let written = std::fs::File::create(&file).unwrap();
+    let stream = vm.save_all(written).await.unwrap();
+    vm.quit().await.unwrap();
+    drop(guest);
+    let before = tokio::time::Instant::now();
+    let vm = fake.go_on_from(&file, stream).await;
+    let guest = fake.guest();
+    assert_eq!(boot_id(&guest).await, first);
+    guest.resumed(SOON).await.unwrap();
+    let hello = guest.agent().hello().borrow().clone().unwrap();
+    assert_eq!(hello.hostname, "other");
+    let report = guest.agent().fresh_report(SOON).await.unwrap();
+    assert!(report.uptime > before.elapsed().as_secs_f64());
+    guest.grow(SOON).await.unwrap();
+    guest.wall("going down").await.unwrap();
+    assert!(fake.console().contains("wall: going down"));
+    vm.quit().await.unwrap();
+
+    // A cut file is none, and neither is one that was told to be bad.
+    let whole = std::fs::read(&file).unwrap();
+    for (words, bytes) in [
+        ("fast", &whole[..whole.len() / 2]),
+        ("fast resume-fails", &whole[..]),
+    ] {
+        fake.words(words);
+        std::fs::write(&file, bytes).unwrap();
+        let spec = MachineSpec {
+            incoming: true,
+            ..fake.spec.clone()
+        };
+        let (vm, _) = Vm::start(&fake.qemu, &spec, None, None).await.unwrap();
+        let saved = std::fs::File::open(&file).unwrap();
+        assert!(vm.restore_all(saved, stream).await.is_err(), "{words}");
+        vm.kill().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn memory_goes_on_with_its_own_disk_only() {
+    let mut fake = Fake::new("fast").await;
+    let file = fake.folder.path().join("memory");
+    let layer = fake.folder.path().join("instances/x/next.qcow2");
+    overlay::create_on_layer(&layer, Size::gib(1), &fake.spec.disk.layers[0]).unwrap();
+    let vm = fake.start().await;
+    let guest = fake.guest();
+    let first = boot_id(&guest).await;
+    // A snapshot with memory, while it runs.
+    let memory = std::fs::File::create(&file).unwrap();
+    let (stream, paused) = vm.freeze(&layer, memory).await.unwrap();
+    assert!(paused < Duration::from_secs(5));
+    assert_eq!(vm.layers_added().await.unwrap(), 1);
+    vm.resize_disk(Size::gib(2).bytes()).await.unwrap();
+    assert_eq!(vm.disk_size().await.unwrap(), Size::gib(2));
+    assert_eq!(vm.status().await.unwrap(), PowerState::Running);
+    let mut hello = guest.agent().hello();
+    vm.reset().await.unwrap();
+    let again = hello.wait_for(|h| h.as_ref().is_some_and(|h| h.boot_id != first));
+    drop(tokio::time::timeout(SOON, again).await.unwrap());
+    vm.quit().await.unwrap();
+    drop(guest);
+
+    // Restored: an empty layer above the same frozen one.
+    let restored = fake.folder.path().join("instances/x/restored.qcow2");
+    let frozen = fake.spec.disk.layers[0].clone();
+    overlay::create_on_layer(&restored, Size::gib(1), &frozen).unwrap();
+    fake.spec.disk.layers = vec![frozen.clone(), restored];
+    let vm = fake.go_on_from(&file, stream).await;
+    assert_eq!(boot_id(&fake.guest()).await, first);
+    vm.quit().await.unwrap();
+    // The layer in which it booted anew is another machine's disk.
+    fake.spec.disk.layers = vec![frozen, layer];
+    let vm = fake.go_on_from(&file, stream).await;
+    tokio::time::timeout(SOON, vm.wait()).await.unwrap();
+    assert!(fake.console().contains("memory and disk differ"));
+}
+
+#[tokio::test]
+async fn what_happens_by_itself_happens_in_time() {
+    let story = Fake::new("fast crashes-after-ms=30").await.story().await;
+    assert!(
+        matches!(&story[..], [VmEvent::Exited(exit)] if exit.signal == Some(6)),
+        "{story:?}"
+    );
+    let story = Fake::new("fast powers-off-after-ms=30").await.story().await;
+    assert!(
+        matches!(&story[..], [VmEvent::Shutdown { guest: true, .. }, VmEvent::Exited(exit)]
+            if exit.code == Some(0)),
+        "{story:?}"
+    );
+    let words = "fast reboots-after-ms=30 powers-off-after-ms=200";
+    let story = Fake::new(words).await.story().await;
+    assert!(
+        matches!(story[0], VmEvent::Reset { guest: true, .. }),
+        "{story:?}"
+    );
+}
+
+/// A property test makes ten thousand steps with it.
+#[tokio::test]
+async fn a_machine_costs_milliseconds() {
+    let fake = Fake::new("fast").await;
+    let began = tokio::time::Instant::now();
+    const TIMES: u32 = 20;
+    for _ in 0..TIMES {
+        let vm = fake.start().await;
+        let guest = fake.guest();
+        boot_id(&guest).await;
+        tokio::time::timeout(SOON, guest.agent().wait_cloud_init())
+            .await
+            .unwrap()
+            .unwrap();
+        vm.quit().await.unwrap();
+    }
+    let each = began.elapsed() / TIMES;
+    eprintln!("{each:?} from start to end");
+    assert!(each < Duration::from_millis(500), "{each:?}");
 }

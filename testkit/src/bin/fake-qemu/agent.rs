@@ -6,11 +6,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::{Machine, locked};
+use crate::{Machine, locked, now};
 
 const KERNEL: &str = "0.0-fake";
 
@@ -24,6 +23,7 @@ pub fn serve(machine: &Arc<Machine>, port: &UnixListener) {
         std::thread::spawn(move || speak(&speaking.0, &speaking.1));
         answer(machine, stream, &writer);
         *locked(&writer) = None;
+        machine.changed();
     }
 }
 
@@ -40,22 +40,19 @@ fn send(writer: &Writer, message: &Value) -> bool {
 /// Says by itself how far the guest is, anew after each boot.
 fn speak(machine: &Machine, writer: &Writer) {
     let mut told = 0;
-    while locked(writer).is_some() {
-        std::thread::sleep(Duration::from_millis(5));
-        let boot = machine.boots.load(Ordering::SeqCst);
-        if boot == told || !machine.up.load(Ordering::SeqCst) {
-            continue;
+    let gone = || locked(writer).is_none();
+    loop {
+        let boot = || machine.boots.load(Ordering::SeqCst);
+        machine.wait(|| gone() || (boot() != told && machine.is_awake()));
+        if gone() {
+            return;
         }
-        told = boot;
+        told = boot();
+        let was_template = machine.is_template.load(Ordering::SeqCst);
         send(writer, &hello(machine));
         // A clone says nothing more until it is somebody.
-        while machine.is_template.load(Ordering::SeqCst) {
-            if locked(writer).is_none() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        if machine.was_restored {
+        machine.wait(|| gone() || !machine.is_template.load(Ordering::SeqCst));
+        if was_template {
             send(writer, &hello(machine));
         }
         send(writer, &cloud_init("running", &[]));
@@ -76,9 +73,7 @@ fn answer(machine: &Arc<Machine>, stream: UnixStream, writer: &Writer) {
             continue;
         };
         // What is sent to a guest that is not up waits in its port.
-        while !machine.up.load(Ordering::SeqCst) {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        machine.wait(|| machine.is_awake());
         let what = request["do"].as_str().unwrap_or_default();
         let mut reply = json!({"type": "reply", "id": request["id"], "ok": true});
         match what {
@@ -88,7 +83,20 @@ fn answer(machine: &Arc<Machine>, stream: UnixStream, writer: &Writer) {
             "report" => {
                 send(writer, &report(machine));
             }
-            "ping" | "set-time" | "set-keys" | "ssh-close" | "poweroff" | "reboot" => (),
+            "ping" | "set-time" | "set-keys" | "ssh-close" | "poweroff" | "reboot" | "resumed"
+            | "grow" | "sync" => (),
+            "wall" => machine.say(&format!(
+                "wall: {}",
+                request["text"].as_str().unwrap_or("?")
+            )),
+            "rename" if machine.has_now("rename-fails") => {
+                reply["ok"] = json!(false);
+                reply["error"] = json!("fake: told to keep its name");
+            }
+            "rename" | "name" => {
+                take_name(machine, &request);
+                reply["steps"] = json!([["fake", 1]]);
+            }
             "quiesce" => {
                 machine.pause_for("quiesce-ms");
                 if machine.has("quiesce-fails") {
@@ -105,11 +113,14 @@ fn answer(machine: &Arc<Machine>, stream: UnixStream, writer: &Writer) {
                 if machine.has("identify-fails") {
                     reply["ok"] = json!(false);
                     reply["error"] = json!("fake: told to be nobody");
+                } else {
+                    take_name(machine, &request);
+                    machine.becomes(request["machine_id"].as_str().unwrap_or_default());
                 }
                 reply["steps"] = json!([["fake", 1]]);
             }
             "identity" => {
-                reply["items"] = json!({"machine-id": [std::process::id().to_string()]});
+                reply["items"] = identity(machine);
             }
             "ensure-user" => {
                 reply["login"] = json!({"user": "ubuntu", "uid": 1000, "home": "/home/ubuntu"});
@@ -123,7 +134,10 @@ fn answer(machine: &Arc<Machine>, stream: UnixStream, writer: &Writer) {
             return;
         }
         match what {
-            "identify" => machine.is_template.store(false, Ordering::SeqCst),
+            "identify" => {
+                machine.is_template.store(false, Ordering::SeqCst);
+                machine.changed();
+            }
             "poweroff" => machine.shut_down(true, "guest-shutdown"),
             "reboot" => machine.reset(true, "guest-reset"),
             _ => (),
@@ -131,11 +145,30 @@ fn answer(machine: &Arc<Machine>, stream: UnixStream, writer: &Writer) {
     }
 }
 
+fn take_name(machine: &Machine, request: &Value) {
+    if let Some(name) = request["hostname"].as_str() {
+        name.clone_into(&mut locked(&machine.known).hostname);
+    }
+}
+
+/// What no other guest may have, and, for tests, what the guest sees of its disk: the last of its marks.
+fn identity(machine: &Machine) -> Value {
+    let id = machine.machine_id().unwrap_or_default();
+    let known = locked(&machine.known);
+    let disk = locked(&machine.disk);
+    let marks = disk.marks();
+    json!({
+        "machine-id": [id], "hostname": [known.hostname], "boot-id": [known.boot_id],
+        "disk": marks[marks.len().saturating_sub(30)..], "marks": [marks.len().to_string()],
+    })
+}
+
 fn hello(machine: &Machine) -> Value {
+    let known = locked(&machine.known);
     json!({
         "type": "hello", "proto": 1, "agent": "fake",
-        "boot_id": format!("boot-{}-{}", std::process::id(), machine.boots.load(Ordering::SeqCst)),
-        "hostname": machine.name, "kernel": KERNEL, "machine": "x86_64", "python": "3",
+        "boot_id": known.boot_id,
+        "hostname": known.hostname, "kernel": KERNEL, "machine": "x86_64", "python": "3",
         "os": "Fake GNU/Linux", "pid": 1, "instance": "",
         "template": machine.is_template.load(Ordering::SeqCst),
     })
@@ -162,13 +195,14 @@ fn final_state(machine: &Machine) -> Value {
 
 fn report(machine: &Machine) -> Value {
     let addresses: Vec<&str> = machine.value("address").into_iter().collect();
+    let booted_at = locked(&machine.known).booted_at.min(now());
     json!({
         "type": "report",
         "interfaces": [{"name": "eth0", "mac": "52:54:00:00:00:00", "addresses": addresses}],
         "load": [0.0, 0.0, 0.0],
         "memory": {"total": 1 << 30, "used": 100 << 20},
         "disk": {"total": 5_u64 << 30, "used": 1 << 30},
-        "cpus": 1, "uptime": 1.0,
+        "cpus": 1, "uptime": (now() - booted_at) as f64 / 1000.0,
         "kernel": {"running": KERNEL, "disk": KERNEL, "current": true},
         "time": 1.0,
     })

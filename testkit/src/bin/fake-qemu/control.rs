@@ -1,9 +1,7 @@
-//! The control socket: greeting, commands, one client at a time, as QEMU does it. Of the descriptors
-//! that come along only the files that a machine is saved to and restored from are used.
+//! The control socket: greeting, commands, one client at a time, as QEMU does it.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
-use std::fs::File;
-use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
+use std::collections::{HashSet, VecDeque};
+use std::io::{BufRead, BufReader, IoSliceMut, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -12,20 +10,7 @@ use std::sync::atomic::Ordering;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 
-use crate::Machine;
-
-/// What a machine is saved as. Nothing else can be restored.
-const SAVED: &[u8] = b"what the stand-in for QEMU saved";
-const FIRST_SET: u32 = 1000;
-
-/// What commands have made of the machine.
-#[derive(Default)]
-struct Held {
-    devices: HashSet<String>,
-    sets: BTreeMap<u32, File>,
-    /// How the last migration ended.
-    migration: Option<Result<(), String>>,
-}
+use crate::{Machine, locked, memory};
 
 /// The socket's bytes; descriptors that come with them are put aside.
 struct Reader<'a> {
@@ -43,7 +28,7 @@ impl Read for Reader<'_> {
             if let ControlMessageOwned::ScmRights(numbers) = message {
                 // SAFETY: the kernel has just made these descriptors for us.
                 let owned = numbers.iter().map(|n| unsafe { OwnedFd::from_raw_fd(*n) });
-                crate::locked(self.descriptors).extend(owned);
+                locked(self.descriptors).extend(owned);
             }
         }
         Ok(got.bytes)
@@ -51,7 +36,7 @@ impl Read for Reader<'_> {
 }
 
 pub fn serve(machine: &Arc<Machine>, socket: &UnixListener) {
-    let mut held = Held::default();
+    let mut devices = HashSet::new();
     while let Ok((stream, _)) = socket.accept() {
         let Ok(reading) = stream.try_clone() else {
             continue;
@@ -61,12 +46,12 @@ pub fn serve(machine: &Arc<Machine>, socket: &UnixListener) {
             "version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": "fake"},
             "capabilities": [],
         }}));
-        talk(machine, reading, &mut held);
+        talk(machine, reading, &mut devices);
         machine.connected(None);
     }
 }
 
-fn talk(machine: &Arc<Machine>, stream: UnixStream, held: &mut Held) {
+fn talk(machine: &Arc<Machine>, stream: UnixStream, devices: &mut HashSet<String>) {
     let descriptors = std::sync::Mutex::default();
     let reader = Reader {
         stream,
@@ -78,8 +63,8 @@ fn talk(machine: &Arc<Machine>, stream: UnixStream, held: &mut Held) {
             return;
         };
         let name = command["execute"].as_str().unwrap_or_default();
-        let file = crate::locked(&descriptors).pop_front();
-        let reply = match perform(machine, name, &command["arguments"], held, file) {
+        let file = locked(&descriptors).pop_front();
+        let reply = match perform(machine, name, &command["arguments"], devices, file) {
             Ok(value) => json!({"return": value, "id": command["id"]}),
             Err(why) => json!({
                 "error": {"class": "GenericError", "desc": why},
@@ -92,14 +77,14 @@ fn talk(machine: &Arc<Machine>, stream: UnixStream, held: &mut Held) {
 }
 
 fn perform(
-    machine: &Machine,
+    machine: &Arc<Machine>,
     name: &str,
     arguments: &Value,
-    held: &mut Held,
+    devices: &mut HashSet<String>,
     descriptor: Option<OwnedFd>,
 ) -> Result<Value, String> {
-    let devices = &mut held.devices;
     let id = arguments["id"].as_str().unwrap_or_default().to_owned();
+    let done = json!({});
     match name {
         "query-status" => {
             let running = machine.running.load(Ordering::SeqCst);
@@ -107,7 +92,7 @@ fn perform(
             Ok(json!({"running": running, "status": status}))
         }
         "device_add" | "netdev_add" => match devices.insert(format!("{name} {id}")) {
-            true => Ok(json!({})),
+            true => Ok(done),
             false => Err(format!("Duplicate device ID '{id}'")),
         },
         "device_del" | "netdev_del" => {
@@ -115,84 +100,72 @@ fn perform(
             match devices.remove(&format!("{added} {id}")) || id == "nic0" {
                 true if name == "device_del" => {
                     machine.event("DEVICE_DELETED", &json!({"device": id, "path": "/fake"}));
-                    Ok(json!({}))
+                    Ok(done)
                 }
-                true => Ok(json!({})),
+                true => Ok(done),
                 false => Err(format!("Device '{id}' not found")),
             }
         }
-        "add-fd" => {
-            let file = descriptor.ok_or("No file descriptor supplied via SCM_RIGHTS")?;
-            let set = held.sets.keys().max().map_or(FIRST_SET, |set| set + 1);
-            held.sets.insert(set, file.into());
-            Ok(json!({"fdset-id": set, "fd": 99}))
+        "add-fd" | "remove-fd" => files(machine, name, arguments, descriptor),
+        "blockdev-add" => locked(&machine.disk).add(arguments),
+        "blockdev-del" => {
+            let node = arguments["node-name"].as_str().unwrap_or_default();
+            locked(&machine.disk).delete(node)
         }
-        "remove-fd" => {
-            let set = arguments["fdset-id"].as_u64().unwrap_or_default();
-            held.sets.remove(&u32::try_from(set).unwrap_or_default());
-            Ok(json!({}))
-        }
+        "blockdev-snapshot" => locked(&machine.disk).put_on_top(arguments),
+        "block_resize" => locked(&machine.disk).resize(arguments),
+        "query-block" => Ok(locked(&machine.disk).devices()),
+        "query-named-block-nodes" => Ok(locked(&machine.disk).named()),
         "migrate" | "migrate-incoming" => {
             let uri = arguments["uri"].as_str().unwrap_or_default();
-            let set = uri.rsplit('/').next().and_then(|set| set.parse().ok());
-            let file = set.and_then(|set: u32| held.sets.get(&set));
-            let file = file.ok_or_else(|| format!("Could not open '{uri}'"))?;
-            held.migration = Some(match name {
-                "migrate" => save(machine, file),
-                _ => restore(machine, file),
-            });
-            Ok(json!({}))
+            let file = locked(&machine.disk).lent(uri)?;
+            match name {
+                "migrate" => memory::save(machine, file),
+                _ => memory::load(machine, file),
+            }
+            Ok(done)
         }
-        "query-migrate" => Ok(match &held.migration {
-            None => json!({}),
-            Some(Ok(())) => json!({"status": "completed"}),
-            Some(Err(why)) => json!({"status": "failed", "error-desc": why}),
-        }),
+        "query-migrate" => Ok(locked(&machine.migration).told()),
+        "migrate-continue" => locked(&machine.migration).go_on(),
+        "migrate_cancel" => {
+            locked(&machine.migration).cancel();
+            Ok(done)
+        }
+        "migrate-set-capabilities" => {
+            locked(&machine.migration).set_capabilities(arguments);
+            Ok(done)
+        }
         "query-cpus-fast" => Ok(json!([])),
-        "query-block" => Ok(json!([{
-            "qdev": "/machine/peripheral/vda/virtio-backend",
-            "inserted": {"node-name": "disk", "image": {"virtual-size": 5_u64 << 30}},
-        }])),
-        "migrate-set-capabilities"
-        | "migrate-set-parameters"
-        | "migrate_cancel"
-        | "blockdev-set-active"
-        | "block_resize" => Ok(json!({})),
+        "migrate-set-parameters" | "blockdev-set-active" => Ok(done),
         "qmp_capabilities" | "getfd" | "closefd" | "stop" | "cont" | "system_reset"
-        | "system_powerdown" | "quit" => Ok(json!({})),
+        | "system_powerdown" | "quit" => Ok(done),
         _ => Err(format!("The command {name} has not been found")),
     }
 }
 
-fn save(machine: &Machine, mut file: &File) -> Result<(), String> {
-    machine.pause_for("save-ms");
-    if machine.has("save-fails") {
-        return Err("fake: told not to be saved".into());
+fn files(
+    machine: &Machine,
+    name: &str,
+    arguments: &Value,
+    descriptor: Option<OwnedFd>,
+) -> Result<Value, String> {
+    let set = arguments["fdset-id"].as_u64();
+    let set = set.and_then(|set| u32::try_from(set).ok());
+    let mut disk = locked(&machine.disk);
+    if name == "remove-fd" {
+        disk.remove_fd(set.unwrap_or_default())?;
+        return Ok(json!({}));
     }
-    file.write_all(SAVED).map_err(|err| err.to_string())
-}
-
-fn restore(machine: &Machine, mut file: &File) -> Result<(), String> {
-    machine.pause_for("restore-ms");
-    let mut saved = Vec::new();
-    file.read_to_end(&mut saved)
-        .map_err(|err| err.to_string())?;
-    match saved == SAVED && !machine.has("restore-fails") {
-        true => Ok(()),
-        false => Err("fake: error while loading state".into()),
-    }
+    let file = descriptor.ok_or("No file descriptor supplied via SCM_RIGHTS")?;
+    let set = disk.add_fd(set, file.into());
+    Ok(json!({"fdset-id": set, "fd": 99}))
 }
 
 /// What a command sets off once it was answered.
 fn after(machine: &Arc<Machine>, name: &str) {
     match name {
-        "stop" if machine.running.swap(false, Ordering::SeqCst) => {
-            machine.event("STOP", &json!({}));
-        }
-        "cont" if !machine.running.swap(true, Ordering::SeqCst) => {
-            machine.event("RESUME", &json!({}));
-            machine.wakes_up();
-        }
+        "stop" => machine.halt(),
+        "cont" => machine.go_on(),
         "system_reset" => machine.reset(false, "host-qmp-system-reset"),
         // Like a guest that has not come up yet: nobody listens to the button.
         "system_powerdown" => {
