@@ -75,6 +75,8 @@ codes! {
     BadImage = "bad-image", User;
     /// The image is larger than the limit.
     ImageTooLarge = "image-too-large", User;
+    /// An archive that is damaged, or that breaks a safety rule.
+    BadArchive = "bad-archive", User;
     OperationNotFound = "operation-not-found", User;
     TemplateNotFound = "template-not-found", User;
     /// No template fits the launch, or the one that would can't be used.

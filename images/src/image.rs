@@ -114,6 +114,10 @@ impl Image {
         &self.info
     }
 
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// The raw base disk. Open it read-only, as a backing node.
     pub fn disk(&self) -> PathBuf {
         self.folder.join(DISK)

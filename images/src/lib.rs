@@ -12,10 +12,12 @@
 //! format     → a raw, sparse disk           magic bytes, decompression, the qcow2 check, qemu-img
 //! store      → root/HEX/                    published by one rename, listed, pinned, pruned
 //! overlay    → an instance's own disk       a thin qcow2 on top; nothing is ever copied
+//! archive    ⇄ one file with disks in it    tar and zstd, written to and read from streams
 //! ```
 //!
 //! Next step on the way of the data: `instances/` (a machine that boots from an overlay).
 
+pub mod archive;
 pub mod fetch;
 pub mod format;
 pub mod hosts;

@@ -35,6 +35,11 @@ impl SparseWriter {
         Ok(())
     }
 
+    /// Goes on at `position`; what is skipped becomes a hole.
+    pub fn skip_to(&mut self, position: u64) {
+        self.position = position;
+    }
+
     pub fn finish(self) -> io::Result<File> {
         self.file.set_len(self.position)?;
         Ok(self.file)

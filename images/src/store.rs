@@ -454,11 +454,11 @@ impl Store {
             .collect())
     }
 
-    fn folder(&self, digest: &Digest) -> PathBuf {
+    pub(crate) fn folder(&self, digest: &Digest) -> PathBuf {
         self.config.root.join(digest.hex())
     }
 
-    fn stages(&self) -> PathBuf {
+    pub(crate) fn stages(&self) -> PathBuf {
         self.config.root.join(STAGE)
     }
 

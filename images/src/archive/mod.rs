@@ -1,0 +1,73 @@
+//! Archives: one file that holds disks. A tar in the form that every tar reads (GNU's headers, its old sparse
+//! members), compressed with zstd:
+//!
+//! ```text
+//! zstd -dqc web.pileus | tar -t           what is in it
+//! zstd -dqc web.pileus | tar -xS          unpacks it, holes and all
+//! ```
+//!
+//! The same content gives the same bytes: no times, owners or modes of the host, members in a fixed order,
+//! and holes where there are zeros, whatever the file system says of them.
+//!
+//! ```text
+//! extents   a file's data by its zero blocks
+//! write     members → tar → zstd              stops when nobody reads
+//! read      zstd → tar → members              for archives that nobody trusts: an allow-list with budgets
+//! content   what an image consists of, and an image of the store out of an archive
+//! layer     a qcow2 layer's head without names of files, and with ours
+//! ```
+//!
+//! A member's digest is the SHA-256 of its bytes if it is dense. Of a sparse member it is that of its extents
+//! (offset and length as 64-bit big-endian numbers, then the data) followed by its size: hashing terabytes of
+//! zeros would say nothing more. The last member, `digests.json`, has those of all before it.
+//!
+//! Next step: `daemon/src/service/archive.rs` (instances), and packed images, which will use the same parts.
+
+mod content;
+pub mod extents;
+pub mod layer;
+pub mod read;
+pub mod write;
+
+pub use content::{Content, Incoming};
+pub use read::{Input, Member, Reader};
+pub use write::Writer;
+
+/// The last member.
+pub const DIGESTS: &str = "digests.json";
+
+/// A member's digest, as the module's page says.
+pub(crate) struct MemberHash {
+    hash: sha2::Sha256,
+    dense: bool,
+}
+
+impl MemberHash {
+    pub(crate) fn new(dense: bool) -> Self {
+        use sha2::Digest;
+        Self {
+            hash: sha2::Sha256::new(),
+            dense,
+        }
+    }
+
+    pub(crate) fn extent(&mut self, extent: extents::Extent) {
+        if !self.dense {
+            self.data(&extent.offset.to_be_bytes());
+            self.data(&extent.len.to_be_bytes());
+        }
+    }
+
+    pub(crate) fn data(&mut self, bytes: &[u8]) {
+        use sha2::Digest;
+        self.hash.update(bytes);
+    }
+
+    pub(crate) fn finish(mut self, size: u64) -> pileus_base::Digest {
+        use sha2::Digest;
+        if !self.dense {
+            self.data(&size.to_be_bytes());
+        }
+        pileus_base::Digest::from_bytes(self.hash.finalize().into())
+    }
+}
