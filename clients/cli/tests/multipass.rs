@@ -591,7 +591,10 @@ fn a_restore_offers_a_snapshot_first() {
         shown.ends_with("Snapshot taken: bar.snapshot1\nSnapshot restored: bar.one\n"),
         "{shown}"
     );
-    assert_eq!(daemon.bodies()[0].1["comment"], "Before restoring one");
+    let bodies = daemon.bodies();
+    assert_eq!(bodies[0].1["comment"], "Before restoring one");
+    // Else a snapshot with memory, taken as pileus, would come back running.
+    assert_eq!(bodies[1].1["disk_only"], true);
     let (code, shown) = on_terminal(&daemon, "restore bar.one", &[(question, "no\n")]);
     assert_eq!(code, 0);
     assert!(!shown.contains("Snapshot taken"), "{shown}");

@@ -62,7 +62,8 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
     }
     let mut line = context.progress().line(&instance);
     let request = RestoreRequest {
-        disk_only: args.disk_only,
+        // There a restored instance is a stopped one.
+        disk_only: args.disk_only || context.multipass(),
     };
     let operation = client.restore(&instance, &name, &request).await?;
     let operation = client.follow(operation, |event| line.event(event)).await?;

@@ -74,6 +74,11 @@ impl View {
     }
 }
 
+/// A time without its fractions of a second, for people.
+pub(crate) fn seconds(time: Timestamp) -> Timestamp {
+    Timestamp::from_second(time.as_second()).unwrap_or(time)
+}
+
 /// The word for an instance's state.
 pub fn state(instance: &Instance) -> &'static str {
     if instance.deleted {

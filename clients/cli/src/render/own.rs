@@ -6,6 +6,7 @@ use pileus_api::{
 };
 
 use super::node::Node;
+use super::seconds;
 
 /// What only pileus tells.
 pub(super) fn lines(instance: &Instance, line: &mut impl FnMut(&str, &str)) {
@@ -16,11 +17,11 @@ pub(super) fn lines(instance: &Instance, line: &mut impl FnMut(&str, &str)) {
         let size = Size(suspended.bytes);
         line(
             "Suspended",
-            &format!("at {} ({size} on disk)", suspended.at),
+            &format!("at {} ({size} on disk)", seconds(suspended.at)),
         );
     }
     if let Some(time) = &instance.shutdown_at {
-        line("Shuts down", &format!("at {time}"));
+        line("Shuts down", &format!("at {}", seconds(*time)));
     }
     if instance.autostart != Autostart::default() {
         line("Autostart", autostart_word(instance.autostart));
@@ -30,7 +31,7 @@ pub(super) fn lines(instance: &Instance, line: &mut impl FnMut(&str, &str)) {
     }
     line("Origin", &origin_text(&instance.origin));
     if let Some(time) = &instance.lease_expires_at {
-        line("Lease", &format!("until {time}"));
+        line("Lease", &format!("until {}", seconds(*time)));
     }
     if let Some(cloud_init) = &instance.cloud_init {
         let mut text = cloud_init_word(cloud_init.status).to_owned();
@@ -131,6 +132,9 @@ fn cloud_init_word(status: CloudInitStatus) -> &'static str {
 
 /// Only a launch makes the instance's disk, or restores a template.
 fn phases_label(phases: &[PhaseTime]) -> &'static str {
+    if phases.iter().any(|p| p.phase == Phase::Suspending) {
+        return "Suspend";
+    }
     let launches = [Phase::Configuring, Phase::Restoring];
     if phases.iter().any(|p| launches.contains(&p.phase)) {
         "Launch"

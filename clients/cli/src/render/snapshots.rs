@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use pileus_api::Snapshot;
 
 use super::node::Node;
-use super::{Format, View, csv_field, csv_quoted, table};
+use super::{Format, View, csv_field, csv_quoted, seconds, table};
 
 /// So many characters of a comment's first line are shown in a table.
 const COMMENT: usize = 50;
@@ -89,7 +89,7 @@ pub(super) fn as_table(s: &Snapshot, view: &View) -> String {
     line("Disk space", &s.disk.to_string());
     line("Memory size", &s.memory.to_string());
     line("Mounts", "");
-    line("Created", &view.time(s.created_at));
+    line("Created", &view.time(seconds(s.created_at)));
     line("Parent", &parent(s));
     line("Children", &children.join(&below));
     line("Comment", &s.comment.replace('\n', &below));
