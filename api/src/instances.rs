@@ -85,6 +85,10 @@ pub struct LaunchRequest {
     /// User data for cloud-init: YAML, a script, MIME, an include list, or any of them gzipped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_data: Option<Blob>,
+    /// Network configuration for cloud-init (YAML, version 1 or 2), instead of ours. A guest that has one
+    /// always boots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_config: Option<Blob>,
     /// IANA name of the guest's time zone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timezone: Option<String>,

@@ -8,6 +8,7 @@
 //! Next step on the way of the data: `daemon/src/http/`.
 #![forbid(unsafe_code)]
 
+pub mod archive;
 pub mod blob;
 pub mod error;
 pub mod events;
@@ -23,6 +24,7 @@ pub mod settings;
 pub mod snapshots;
 pub mod templates;
 
+pub use archive::ImportQuery;
 pub use blob::Blob;
 pub use error::{ErrorBody, ErrorReply};
 pub use events::Event;

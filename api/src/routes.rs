@@ -23,6 +23,10 @@ pub const INSTANCE_RENAME: &str = "/v1/instances/{name}/rename";
 pub const INSTANCE_SNAPSHOTS: &str = "/v1/instances/{name}/snapshots";
 pub const INSTANCE_SNAPSHOT: &str = "/v1/instances/{name}/snapshots/{snapshot}";
 pub const INSTANCE_RESTORE: &str = "/v1/instances/{name}/snapshots/{snapshot}/restore";
+/// The whole instance as an archive.
+pub const INSTANCE_EXPORT: &str = "/v1/instances/{name}/export";
+/// Takes an archive.
+pub const IMPORT: &str = "/v1/import";
 /// WebSocket to the serial console: binary messages both ways.
 pub const INSTANCE_CONSOLE: &str = "/v1/instances/{name}/console";
 /// How to reach it with an ordinary SSH client.

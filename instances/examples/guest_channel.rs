@@ -85,6 +85,7 @@ fn make_seed(dir: &Path, user_data: Option<&str>) -> Result<i32> {
         instance_id: &id,
         hostname: "by-hand",
         user_data: user_data.as_deref(),
+        network_config: None,
         nics: &[SeedNic {
             mac: "52:54:00:12:34:56".into(),
             optional: false,

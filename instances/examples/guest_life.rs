@@ -189,6 +189,7 @@ impl Place {
             instance_id: &id,
             hostname: name,
             user_data: None,
+            network_config: None,
             nics: &[],
             keys: &keys,
             timezone: None,

@@ -13,8 +13,7 @@ use pileus_instances::driver::SEED;
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::guest::seed;
 
-use super::fork::USER_DATA;
-use super::pool::seed_of;
+use super::given::{Given, seed_of};
 use super::registry::Instance;
 use super::snapshots::find;
 use super::{Service, convert, wiring};
@@ -197,13 +196,7 @@ impl Service {
         let row = row.clone();
         super::blocking(move || {
             let keys = InstanceKeys::load(&folder)?;
-            let user_data = folder.join(USER_DATA);
-            let user_data = match user_data.exists() {
-                true => Some(files::read_bounded(&user_data, 16 << 20)?),
-                false => None,
-            };
-            let timezone = row.spec.timezone.as_deref();
-            let seed = seed_of(&row, &keys, user_data.as_deref(), timezone)?;
+            let seed = seed_of(&row, &keys, &Given::load(&folder)?)?;
             let path = folder.join(SEED);
             match state {
                 // In place: QEMU has this very file open.

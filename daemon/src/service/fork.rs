@@ -16,14 +16,12 @@ use pileus_instances::qemu::Stream;
 use pileus_instances::warm::{self, SavedWhole};
 
 use super::admission::Start;
-use super::pool::seed_of;
+use super::given::{Given, seed_of};
 use super::registry::Instance;
 use super::{Service, wiring};
 use crate::state::instances::InstanceRow;
 
 const MOST: u32 = 100;
-/// What the user gave to cloud-init, in the instance's folder.
-pub(super) const USER_DATA: &str = "user-data";
 
 impl Service {
     pub async fn fork(&self, name: &str, request: ForkRequest) -> Result<ForkReply> {
@@ -192,29 +190,24 @@ impl Service {
             .await
     }
 
-    /// A disk on the layers that the row names, keys and a seed of its own, and the source's user data.
+    /// A disk on the layers that the row names, keys and a seed of its own, and what the source was
+    /// given.
     pub(super) async fn write_copy(&self, from: &InstanceRow, row: &InstanceRow) -> Result<()> {
         let folder = self.parts.layout.instance(row.id);
         let disk = wiring::disk(&self.parts.layout, row);
         let top = row.spec.layers.last().map(|l| self.parts.layout.layer(l.0));
         let top = top.ok_or_else(|| Error::internal("A fork has no layer below it"))?;
-        let user_data = self.parts.layout.instance(from.id).join(USER_DATA);
+        let source = self.parts.layout.instance(from.id);
         let row = row.clone();
         let write = move || {
             files::create_folder(&folder, 0o700)?;
             overlay::create_on_layer(&disk, row.spec.disk, &top)?;
             let keys = InstanceKeys::generate()?;
             keys.store(&folder)?;
-            let user_data = match user_data.exists() {
-                true => Some(files::read_bounded(&user_data, 16 << 20)?),
-                false => None,
-            };
-            let timezone = row.spec.timezone.as_deref();
-            let seed = seed_of(&row, &keys, user_data.as_deref(), timezone)?;
+            let given = Given::load(&source)?;
+            let seed = seed_of(&row, &keys, &given)?;
             files::write_atomic(&folder.join(driver::SEED), &seed, 0o600)?;
-            if let Some(user_data) = user_data {
-                files::write_atomic(&folder.join(USER_DATA), &user_data, 0o600)?;
-            }
+            given.store(&folder)?;
             files::sync_folder(&folder)
         };
         super::blocking(write).await

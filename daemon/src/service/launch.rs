@@ -26,9 +26,9 @@ use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::machine::{BOOT_TIMEOUT, Config, Machine, Snapshot};
 
 use super::admission::{Promise, Start};
+use super::given::seed_of;
 use super::lifecycle::bound;
 use super::order::{DEFAULT_DISK, Order, check, default_disk, free_name};
-use super::pool::seed_of;
 use super::registry::{Instance, RowJournal};
 use super::warm::Choice;
 use super::wiring::{self, HostWiring};
@@ -318,8 +318,7 @@ impl Service {
         }
         let base = image.disk();
         let row = row.clone();
-        let user_data = order.user_data.clone();
-        let timezone = order.request.timezone.clone();
+        let given = order.given.clone();
         let write = move || {
             files::create_folder(&folder, 0o700)?;
             // A launch that could not start warm has made one already.
@@ -330,11 +329,9 @@ impl Service {
             }
             let keys = InstanceKeys::generate()?;
             keys.store(&folder)?;
-            let seed = seed_of(&row, &keys, user_data.as_deref(), timezone.as_deref())?;
+            let seed = seed_of(&row, &keys, &given)?;
             files::write_atomic(&folder.join(SEED), &seed, 0o600)?;
-            if let Some(user_data) = user_data {
-                files::write_atomic(&folder.join("user-data"), &user_data, 0o600)?;
-            }
+            given.store(&folder)?;
             files::sync_folder(&folder)
         };
         super::blocking(write).await

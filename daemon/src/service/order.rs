@@ -8,6 +8,7 @@ use pileus_images::{Image, ImageRef};
 use pileus_instances::guest::cloud_init;
 
 use super::Mode;
+use super::given::Given;
 use crate::http::listener::Peer;
 use crate::state::demand::Shape;
 
@@ -35,7 +36,7 @@ pub(super) struct Order {
     pub wanted: Wanted,
     pub name: Option<InstanceName>,
     pub disk: Option<Size>,
-    pub user_data: Option<Vec<u8>>,
+    pub given: Given,
     pub request: LaunchRequest,
 }
 
@@ -129,12 +130,19 @@ pub(super) fn check(mut request: LaunchRequest) -> Result<Order> {
         Some(data) => Some(cloud_init::check(data.0)?.bytes),
         None => None,
     };
+    let network_config = match request.network_config.take() {
+        Some(data) => Some(cloud_init::check_network(data.0)?),
+        None => None,
+    };
     Ok(Order {
         wanted,
         name: request.name.clone(),
         // A disk has whole sectors.
         disk: request.disk.map(|disk| disk.round_up(512)),
-        user_data,
+        given: Given {
+            user_data,
+            network_config,
+        },
         request,
     })
 }
@@ -209,6 +217,13 @@ mod tests {
                     ..Default::default()
                 },
                 Code::InvalidArgument,
+            ),
+            (
+                LaunchRequest {
+                    network_config: Some(pileus_api::Blob(b"ethernets: {}".to_vec())),
+                    ..Default::default()
+                },
+                Code::InvalidCloudInit,
             ),
             (
                 LaunchRequest {

@@ -24,12 +24,13 @@ use pileus_images::{Image, overlay};
 use pileus_instances::driver::{QemuDriver, RunningVm, SEED};
 use pileus_instances::guest::clone::CloneMode;
 use pileus_instances::guest::keys::InstanceKeys;
-use pileus_instances::guest::seed::{self, SeedNic, SeedSpec};
+
 use pileus_instances::machine::{Driver, Vm};
 use pileus_instances::warm::{self, Saved};
 use tokio::sync::Notify;
 
 use super::admission::{self, Start};
+use super::given::{Given, seed_of};
 use super::registry::Instance;
 use super::settings::WarmMode;
 use super::templates::Template;
@@ -301,7 +302,7 @@ impl Service {
             overlay::create_on_layer(&disk, size, &below)?;
             let keys = InstanceKeys::generate()?;
             keys.store(&folder)?;
-            let seed = seed_of(&written, &keys, None, None)?;
+            let seed = seed_of(&written, &keys, &Given::default())?;
             files::write_atomic(&folder.join(SEED), &seed, 0o600)?;
             Ok((ready.state, keys))
         };
@@ -320,27 +321,6 @@ impl Service {
         tracing::info!(id = %row.id, template = template.id, "a clone stands by");
         Ok((driver, vm))
     }
-}
-
-/// The seed of an instance on its own network card.
-pub(super) fn seed_of(
-    row: &InstanceRow,
-    keys: &InstanceKeys,
-    user_data: Option<&[u8]>,
-    timezone: Option<&str>,
-) -> Result<Vec<u8>> {
-    seed::build(&SeedSpec {
-        instance_id: &row.id.to_string(),
-        hostname: row.name.as_str(),
-        user_data,
-        nics: &[SeedNic {
-            mac: row.mac.to_string(),
-            // User data may need the network: packages, includes.
-            optional: false,
-        }],
-        keys,
-        timezone,
-    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pileus_api::{Origin, PhaseTime, Warm};
-use pileus_base::{Code, Error, Phase, Result, files};
+use pileus_base::{Code, Error, Phase, Result};
 use pileus_instances::driver::{RunningVm, SEED};
 use pileus_instances::guest::clone::{CloneMode, CloneNic, IdentitySpec, NameSpec};
 use pileus_instances::guest::cloud_init;
@@ -16,9 +16,10 @@ use pileus_instances::guest::seed;
 use pileus_instances::machine::{Driver, Vm};
 use pileus_instances::warm::{self, Saved};
 
+use super::given::seed_of;
 use super::launch::Work;
 use super::order::Order;
-use super::pool::{Kind, Standby, seed_of};
+use super::pool::{Kind, Standby};
 use super::registry::Instance;
 use super::settings::WarmMode;
 use super::templates::Template;
@@ -64,16 +65,22 @@ impl Service {
             };
         };
         let obstacle = order
+            .given
             .user_data
             .as_ref()
             .and_then(|data| cloud_init::warm_obstacle(data))
             .map(|why| format!("the user data needs a boot ({why})"));
         let obstacle = obstacle.or_else(|| {
             let large = order
+                .given
                 .user_data
                 .as_ref()
                 .is_some_and(|data| data.len() > LARGE);
             large.then(|| "the user data does not fit on a clone's seed disk".to_owned())
+        });
+        let obstacle = obstacle.or_else(|| {
+            let own = order.given.network_config.is_some();
+            own.then(|| "a network configuration needs a boot".to_owned())
         });
         let small = order.disk.is_some_and(|disk| disk < template.key.disk);
         let obstacle = obstacle.or_else(|| {
@@ -169,17 +176,13 @@ impl Service {
     ) -> Result<()> {
         let row = instance.row();
         let folder = self.parts.layout.instance(row.id);
-        let (written, user_data) = (row.clone(), order.user_data.clone());
-        let timezone = order.request.timezone.clone();
+        let (written, given) = (row.clone(), order.given.clone());
         let write = move || {
             let keys = InstanceKeys::load(&folder)?;
-            let seed = seed_of(&written, &keys, user_data.as_deref(), timezone.as_deref())?;
+            let seed = seed_of(&written, &keys, &given)?;
             // In place: QEMU has this very file open.
             seed::overwrite(&folder.join(SEED), &seed)?;
-            if let Some(user_data) = user_data {
-                files::write_atomic(&folder.join("user-data"), &user_data, 0o600)?;
-            }
-            Ok(())
+            given.store(&folder)
         };
         super::blocking(write).await?;
         self.parts.network.register(&wiring::nic(&row))?;
@@ -192,7 +195,7 @@ impl Service {
             time: 0.0,
             grow: false,
             timezone: order.request.timezone.clone(),
-            cloud_init: order.user_data.is_some(),
+            cloud_init: order.given.user_data.is_some(),
         };
         warm::name(&standby.vm, spec, grow_to).await
     }
@@ -226,7 +229,7 @@ impl Service {
         let mut identity = self.identity_of(&row, keys, CloneMode::Warm);
         identity.timezone.clone_from(&order.request.timezone);
         identity.grow = grow_to.is_some();
-        identity.cloud_init = order.user_data.is_some();
+        identity.cloud_init = order.given.user_data.is_some();
         let saved = Saved {
             ram: template.folder.ram(),
             state: ready.state,

@@ -16,6 +16,7 @@ pub use warm::warm_obstacle;
 
 /// Most bytes of user data, packed and unpacked.
 pub const MAX_USER_DATA: usize = 16 << 20;
+const MAX_NETWORK: usize = 64 << 10;
 const ADVICE: &str = "User data begins with #cloud-config and YAML, or is a script (#!), an \
                       #include list, a #cloud-boothook, a jinja template, a MIME message, or one \
                       of these packed with gzip.";
@@ -74,6 +75,38 @@ pub fn check(bytes: Vec<u8>) -> Result<UserData> {
         packed: false,
         bytes,
     })
+}
+
+/// What a network configuration must say.
+#[derive(serde::Deserialize)]
+struct NetworkConfig {
+    version: Option<u32>,
+    /// netplan's own files have everything below this key.
+    network: Option<Box<NetworkConfig>>,
+}
+
+/// Checks a network configuration: YAML that says of which version it is. It is passed on unchanged.
+pub fn check_network(bytes: Vec<u8>) -> Result<Vec<u8>> {
+    let refuse = |why: &str| {
+        let what = format!("The network configuration is not valid: {why}");
+        Error::new(Code::InvalidCloudInit, what).advise(
+            "It is YAML with `version: 1` or `version: 2`, as cloud-init and netplan know it.",
+        )
+    };
+    if bytes.len() > MAX_NETWORK {
+        return Err(refuse("it is larger than 64 KiB"));
+    }
+    let text = std::str::from_utf8(&bytes).map_err(|_| refuse("it is not UTF-8 text"))?;
+    if let Top::Scalar | Top::List | Top::Nothing = yaml(text, 0)? {
+        return Err(refuse("it is not a mapping"));
+    }
+    let config: NetworkConfig =
+        serde_saphyr::from_str(text).map_err(|err| refuse(&err.without_snippet().to_string()))?;
+    let version = config.network.map_or(config.version, |below| below.version);
+    match version {
+        Some(1 | 2) => Ok(bytes),
+        _ => Err(refuse("it says of no version that is known")),
+    }
 }
 
 fn bad(what: impl std::fmt::Display) -> Error {

@@ -162,3 +162,24 @@ proptest! {
         let _ = check(format!("{head}\n{body}").into_bytes());
     }
 }
+
+#[test]
+fn network_configurations_good_and_bad() {
+    for (text, good) in [
+        ("version: 2\nethernets: {}\n", true),
+        ("version: 1\nconfig: []\n", true),
+        ("network:\n  version: 2\n", true),
+        ("ethernets: {}\n", false),
+        ("version: 3\n", false),
+        ("- version: 2\n", false),
+        ("version: [\n", false),
+        ("", false),
+    ] {
+        let checked = check_network(text.as_bytes().to_vec());
+        assert_eq!(checked.is_ok(), good, "{text:?}");
+        if let Err(err) = checked {
+            assert_eq!(err.code, Code::InvalidCloudInit, "{text:?}");
+        }
+    }
+    assert!(check_network(vec![b'#'; 70 << 10]).is_err());
+}

@@ -67,6 +67,9 @@ pub struct SeedSpec<'a> {
     pub hostname: &'a str,
     /// Checked text of the user ([`super::cloud_init::check`]).
     pub user_data: Option<&'a [u8]>,
+    /// Checked network configuration of the user, instead of one for the cards
+    /// ([`super::cloud_init::check_network`]).
+    pub network_config: Option<&'a [u8]>,
     /// The cards that are there at boot, the default one first; empty leaves it to cloud-init.
     pub nics: &'a [SeedNic],
     pub keys: &'a InstanceKeys,
@@ -81,6 +84,7 @@ impl<'a> SeedSpec<'a> {
             instance_id: TEMPLATE_INSTANCE,
             hostname: TEMPLATE_HOSTNAME,
             user_data: None,
+            network_config: None,
             nics: &[],
             keys,
             timezone: None,
@@ -112,7 +116,9 @@ pub fn build(spec: &SeedSpec<'_>) -> Result<Vec<u8>> {
         InputEntry::file("meta-data", meta_data(spec)?),
         InputEntry::file("vendor-data", vendor_data(spec)?),
     ];
-    if !spec.nics.is_empty() {
+    if let Some(own) = spec.network_config {
+        entries.push(InputEntry::file("network-config", own.to_vec()));
+    } else if !spec.nics.is_empty() {
         entries.push(InputEntry::file("network-config", network_config(spec)?));
     }
     write_iso(entries)

@@ -26,6 +26,7 @@ fn spec(keys: &InstanceKeys) -> SeedSpec<'_> {
         instance_id: "i-1",
         hostname: "keen-otter",
         user_data: None,
+        network_config: None,
         nics: &[],
         keys,
         timezone: None,
@@ -49,6 +50,7 @@ fn the_image_holds_every_document() {
     let files = read_back(
         build(&SeedSpec {
             user_data: Some(user),
+            network_config: None,
             nics: &nics,
             ..spec(&keys)
         })
@@ -220,6 +222,7 @@ fn bad_values_are_refused() {
             optional: false,
         }];
         let err = build(&SeedSpec {
+            network_config: None,
             nics: &nics,
             ..spec(&keys)
         })
