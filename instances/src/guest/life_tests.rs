@@ -232,7 +232,7 @@ try:
     os.symlink(os.ttyname(slave), folder + "/0")
     os.symlink(os.ttyname(shut), folder + "/1")
     open(folder + "/ptmx", "w").close()
-    assert names["wall_by_hand"]("down\nin a minute", (folder, folder + "/none")) == 1
+    assert names["tell_terminals"]("down\nin a minute", ((folder, r"\d+"), (folder + "/none", "x"))) == 1
     seen = os.read(master, 4096)
     assert b"down\r" in seen and b"in a minute\r" in seen, seen
     os.set_blocking(shut_master, False)

@@ -164,6 +164,10 @@ fn files(
 /// What a command sets off once it was answered.
 fn after(machine: &Arc<Machine>, name: &str) {
     match name {
+        "qmp_capabilities" => {
+            machine.is_watched.store(true, Ordering::SeqCst);
+            machine.changed();
+        }
         "stop" => machine.halt(),
         "cont" => machine.go_on(),
         "system_reset" => machine.reset(false, "host-qmp-system-reset"),

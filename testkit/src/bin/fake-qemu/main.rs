@@ -38,13 +38,16 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::{Value, json};
 
 use disk::Disk;
 use memory::Migration;
+
+/// On a busy host a daemon may need longer for its first word than a guest for its boot.
+const LISTENER_BOUND: Duration = Duration::from_secs(5);
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -80,6 +83,8 @@ pub struct Machine {
     pub disk: Mutex<Disk>,
     pub migration: Mutex<Migration>,
     pub known: Mutex<Known>,
+    /// Somebody has spoken to the control socket.
+    pub is_watched: AtomicBool,
     /// Told of every change of what stands above.
     change: (Mutex<()>, Condvar),
 }
@@ -319,6 +324,9 @@ impl Machine {
             known.boot_id = boot_id;
             known.booted_at = now();
         }
+        // A real guest takes so long that whoever started it is listening by then.
+        let patience = Instant::now() + LISTENER_BOUND;
+        self.wait(|| self.is_watched.load(Ordering::SeqCst) || Instant::now() > patience);
         self.pause_for("boot-ms");
         self.come_up();
     }
@@ -433,6 +441,7 @@ fn run(args: &[String]) {
             hostname,
             ..Known::default()
         }),
+        is_watched: AtomicBool::new(false),
         change: (Mutex::new(()), Condvar::new()),
     });
     obey_signals(machine.clone());
