@@ -40,19 +40,34 @@ use service::wiring::Finder;
 use service::{Mode, Parts, Service};
 use state::State;
 
+/// How long a storage may be held by what is about to let it go.
+const LOCK_BOUND: Duration = Duration::from_millis(1500);
+
 /// Takes the storage for this process alone.
 pub fn lock(layout: &Layout) -> Result<files::Lock> {
     for folder in [&layout.data, &layout.cache] {
         files::create_folder(folder, 0o755)?;
     }
     files::create_folder(&layout.instances(), 0o711)?;
-    files::Lock::try_take(&layout.lock())?.ok_or_else(|| {
-        Error::new(
-            Code::StorageLocked,
-            format!("Another pileusd uses the storage {}", layout.data.display()),
-        )
-        .advise("Use that one, end it, or give this one another folder with --storage.")
-    })
+    let deadline = std::time::Instant::now() + LOCK_BOUND;
+    loop {
+        if let Some(lock) = files::Lock::try_take(&layout.lock())? {
+            return Ok(lock);
+        }
+        // Of a daemon that was killed, a child may hold it that was just about to become another program.
+        if std::time::Instant::now() > deadline {
+            return Err(storage_locked(layout));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn storage_locked(layout: &Layout) -> Error {
+    Error::new(
+        Code::StorageLocked,
+        format!("Another pileusd uses the storage {}", layout.data.display()),
+    )
+    .advise("Use that one, end it, or give this one another folder with --storage.")
 }
 
 /// Runs the daemon until it is told to end (SIGTERM, SIGINT).
