@@ -193,7 +193,7 @@ impl QemuDriver {
     /// The machine that can take up what was saved.
     fn spec_of_saved(&self, host: &Host, saved: &Saved) -> Result<MachineSpec> {
         if saved.accelerator != host.accelerator {
-            return Err(cant_resume(format!(
+            return Err(cant_resume(&format!(
                 "it ran with {}, and this host now uses {}",
                 saved.accelerator.as_str(),
                 host.accelerator.as_str()
@@ -574,7 +574,7 @@ impl RunningVm {
 /// QEMU does not take what was saved: mostly because it is another one.
 fn refused(saved: &Saved, host: &Host, err: Error) -> Error {
     let (major, minor, micro) = host.qemu.version;
-    let mut error = cant_resume(format!(
+    let mut error = cant_resume(&format!(
         "it was saved by QEMU {} as {}, and QEMU {major}.{minor}.{micro} does not take it",
         saved.qemu, saved.machine_type
     ));
@@ -583,7 +583,7 @@ fn refused(saved: &Saved, host: &Host, err: Error) -> Error {
     error.with_source(err)
 }
 
-fn cant_resume(why: String) -> Error {
+fn cant_resume(why: &str) -> Error {
     Error::new(Code::CantResume, format!("The saved machine can't go on: {why}")).advise(
         "Its disk is unharmed: `pileus stop --force NAME` gives the saved memory up, and a start then boots it.",
     )

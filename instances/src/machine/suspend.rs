@@ -40,15 +40,17 @@ impl<D: Driver> Actor<D> {
         };
         // As if nothing had been; a VM that is gone tells so itself.
         self.config.snapshot.suspended = None;
+        let mut after = InstanceState::Running;
         if let Some(vm) = &self.vm
             && let Err(err) = self.config.driver.unsave(vm).await
         {
             tracing::warn!(instance = %self.name(), %err, "it does not go on after a failed suspend");
+            after = InstanceState::Unknown;
         }
         if error.code != Code::Cancelled {
             self.config.snapshot.last_error = Some(ErrorBody::from(&error));
         }
-        self.set_state(InstanceState::Running).await;
+        self.set_state(after).await;
         Err(error)
     }
 
