@@ -120,7 +120,11 @@ impl Image {
 
     /// The raw base disk. Open it read-only, as a backing node.
     pub fn disk(&self) -> PathBuf {
-        self.folder.join(DISK)
+        Self::disk_in(&self.folder)
+    }
+
+    pub(crate) fn disk_in(folder: &Path) -> PathBuf {
+        folder.join(DISK)
     }
 
     pub fn kernel(&self) -> Option<PathBuf> {

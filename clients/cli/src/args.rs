@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 
 use crate::commands::{
-    alias, aliases, authenticate, clone, completions, console, delete, doctor, events, exec, find,
-    fork, get, help, images, info, launch, list, logs, mount, networks, prefer, purge, recover,
-    rename, restart, restore, run, set, shell, snapshot, ssh_config, ssh_proxy, start, stop,
-    suspend, template, top, transfer, umount, unalias, verify_unique, version, wait, wait_ready,
+    alias, aliases, authenticate, clone, completions, console, delete, doctor, events, exec,
+    export, find, fork, get, help, images, import, info, launch, list, logs, mount, networks,
+    prefer, purge, recover, rename, restart, restore, run, set, shell, snapshot, ssh_config,
+    ssh_proxy, start, stop, suspend, template, top, transfer, umount, unalias, verify_unique,
+    version, wait, wait_ready,
 };
 use crate::context::Context;
 use crate::error::Outcome;
@@ -67,6 +68,8 @@ pub enum Command {
     Restore(restore::Args),
     Clone(clone::Args),
     Rename(rename::Args),
+    Export(export::Args),
+    Import(import::Args),
     Exec(exec::Args),
     #[command(visible_aliases = ["sh", "connect"])]
     Shell(shell::Args),
@@ -128,6 +131,8 @@ impl Command {
             Command::Restore(_) => "restore",
             Command::Clone(_) => "clone",
             Command::Rename(_) => "rename",
+            Command::Export(_) => "export",
+            Command::Import(_) => "import",
             Command::Exec(_) => "exec",
             Command::Shell(_) => "shell",
             Command::Transfer(_) => "transfer",
@@ -178,6 +183,8 @@ impl Command {
             Command::Restore(args) => restore::run(context, &args).await,
             Command::Clone(args) => clone::run(context, &args).await,
             Command::Rename(args) => rename::run(context, &args).await,
+            Command::Export(args) => export::run(context, &args).await,
+            Command::Import(args) => import::run(context, &args).await,
             Command::Exec(args) => exec::run(context, args).await,
             Command::Shell(args) => shell::run(context, args).await,
             Command::Transfer(args) => transfer::run(context, &args).await,

@@ -4,6 +4,7 @@
 //! ```text
 //! http.rs         one request, one typed answer; errors become pileus_base::Error
 //! instances.rs    launch, start, stop, … and lists
+//! archive.rs      whole instances as files
 //! images.rs       the store and the catalog
 //! templates.rs    saved machines       settings.rs   the daemon's settings
 //! operations.rs   follow long work to its end, cancel it
@@ -14,6 +15,7 @@
 //! Next step on the way of the data: `api/src/routes.rs`, then `daemon/src/http/`.
 #![forbid(unsafe_code)]
 
+mod archive;
 mod exec;
 mod host;
 mod http;

@@ -3,6 +3,7 @@
 //!
 //! Next step on the way of the data: `daemon/src/service/`.
 
+mod archive;
 mod console;
 mod events;
 mod exec;
@@ -83,6 +84,8 @@ fn documented() -> (Router<Service>, utoipa::openapi::OpenApi) {
         .routes(routes!(snapshots::list, snapshots::take))
         .routes(routes!(snapshots::get, snapshots::delete))
         .routes(routes!(snapshots::restore))
+        .routes(routes!(archive::export))
+        .routes(routes!(archive::import))
         .routes(routes!(images::catalog))
         .routes(routes!(images::list))
         .routes(routes!(images::remove))
@@ -219,6 +222,8 @@ mod tests {
             routes::INSTANCE_IDENTITY,
             routes::INSTANCE_SSH,
             routes::INSTANCE_CONSOLE,
+            routes::INSTANCE_EXPORT,
+            routes::IMPORT,
             routes::HOST,
             routes::NETWORKS,
             routes::USAGE,

@@ -5,10 +5,14 @@
 //! Next step on the way of the data: `instances/src/machine/` and `images/src/`.
 
 pub(crate) mod admission;
+mod archive;
+pub(crate) mod archive_import;
+mod archive_manifest;
 mod clone;
 mod console;
 mod convert;
 mod fork;
+mod given;
 mod guest;
 mod host;
 mod images;

@@ -273,6 +273,8 @@ impl Service {
             row.spec.memory = to.memory;
             row.spec.pending = pileus_api::Pending::default();
             row.spec.head = Some(id);
+            // One that came with an import has another instance's identity.
+            row.spec.identify |= to.created_at < row.created_at;
             row.shutdown_at = None;
         })
         .await?;

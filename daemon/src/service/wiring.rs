@@ -86,7 +86,8 @@ pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Setup {
         base: image.disk(),
         direct_boot: direct_boot(image),
         ends_with_daemon: row.lease.is_some(),
-        machine_id: matches!(row.spec.origin, Origin::Clone { .. }).then_some(row.id),
+        machine_id: matches!(row.spec.origin, Origin::Clone { .. } | Origin::Import)
+            .then_some(row.id),
         folder: layout.instance(row.id),
         run: layout.instance_run(row.id),
         mac: row.mac,

@@ -104,6 +104,11 @@ impl Store {
         })
     }
 
+    /// Where the disk of an image with this digest is or will be.
+    pub fn disk_of(&self, digest: &Digest) -> PathBuf {
+        Image::disk_in(&self.folder(digest))
+    }
+
     /// Makes what came an image of the store, under its content's digest. Blocks.
     pub fn publish_import(
         &self,

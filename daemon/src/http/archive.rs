@@ -1,0 +1,104 @@
+//! Instances as archives: bytes both ways. Whoever closes the connection ends the work.
+
+use std::time::Duration;
+
+use axum::body::{Body, BodyDataStream};
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt;
+use pileus_api::archive::{MEDIA_TYPE, OPERATION_HEADER};
+use pileus_api::{ErrorReply, ImportQuery, Operation, OperationState};
+use pileus_base::Error;
+use tokio::sync::mpsc;
+
+use super::{Json, Path, Query, Reply};
+use crate::operations::Operations;
+use crate::service::Service;
+
+/// Pieces of an upload that wait to be read.
+const PIECES: usize = 4;
+/// How long a client that still sends gets to read why that is of no use.
+const DRAIN: Duration = Duration::from_secs(30);
+/// The import's end is asked for again after this.
+const POLL: Duration = Duration::from_secs(600);
+
+/// Sends an instance with its snapshots as one file. It may run and is not stopped.
+#[utoipa::path(get, operation_id = "export_instance", path = "/v1/instances/{name}/export", tag = "instances",
+    params(("name" = String, Path, description = "The instance")),
+    responses(
+        (status = 200, description = "The archive. The header `pileus-operation` names the operation that writes it; if \
+            that fails, the reply breaks off",
+            content_type = "application/vnd.pileus.instance+zstd", body = String,
+            headers(("pileus-operation" = String, description = "Id of the operation"))),
+        (status = 404, description = "No such instance", body = ErrorReply),
+        (status = 409, description = "Its state doesn't allow this", body = ErrorReply)))]
+pub async fn export(State(service): State<Service>, Path(name): Path<String>) -> Reply<Response> {
+    let export = service.export(&name).await?;
+    let pieces = futures_util::stream::unfold(export.bytes, |mut bytes| async {
+        Some((bytes.recv().await?, bytes))
+    });
+    let headers = [
+        (header::CONTENT_TYPE.as_str(), MEDIA_TYPE.to_owned()),
+        (OPERATION_HEADER, export.operation.to_string()),
+    ];
+    Ok((headers, Body::from_stream(pieces)).into_response())
+}
+
+/// Makes a new, stopped instance out of an archive. The reply comes when it is there; a connection that is closed before
+/// leaves nothing.
+#[utoipa::path(post, operation_id = "import_instance", path = "/v1/import", tag = "instances",
+    params(ImportQuery),
+    request_body(content = String, content_type = "application/vnd.pileus.instance+zstd",
+        description = "The archive's bytes"),
+    responses(
+        (status = 200, description = "The operation; its result is the instance's name", body = Operation),
+        (status = 400, description = "The archive is damaged or breaks a rule", body = ErrorReply),
+        (status = 409, description = "The name is in use", body = ErrorReply),
+        (status = 507, description = "There is no room for it", body = ErrorReply)))]
+pub async fn import(
+    State(service): State<Service>,
+    Query(query): Query<ImportQuery>,
+    body: Body,
+) -> Reply<Json<Operation>> {
+    let (sender, upload) = mpsc::channel(PIECES);
+    // On its own: it goes on for a while when the import has failed.
+    tokio::spawn(forward(body.into_data_stream(), sender));
+    let mut operation = service.import(query.name, upload).await?;
+    let _watch = CancelledWithClient(service.operations().clone(), operation.id);
+    while !operation.is_over() {
+        operation = service.operations().wait(operation.id, POLL).await?;
+    }
+    match (operation.state, operation.error.take()) {
+        (OperationState::Succeeded, _) => Ok(Json(operation)),
+        (_, Some(error)) => Err(Error::from(error).into()),
+        (_, None) => Err(Error::internal("An import failed without saying why").into()),
+    }
+}
+
+/// Ends an import whose client has gone. One that is over does not mind.
+struct CancelledWithClient(Operations, uuid::Uuid);
+
+impl Drop for CancelledWithClient {
+    fn drop(&mut self) {
+        let (operations, id) = (self.0.clone(), self.1);
+        tokio::spawn(async move {
+            if let Err(err) = operations.cancel(id).await {
+                tracing::debug!(%id, %err, "an import can't be cancelled");
+            }
+        });
+    }
+}
+
+/// Hands on what comes until nobody wants it; then takes it in for a while, so that the client gets to read the reply.
+async fn forward(mut body: BodyDataStream, to: mpsc::Sender<std::io::Result<bytes::Bytes>>) {
+    while let Some(piece) = body.next().await {
+        let piece =
+            piece.map_err(|err| std::io::Error::new(std::io::ErrorKind::ConnectionAborted, err));
+        if to.send(piece).await.is_err() {
+            let drain = async { while let Some(Ok(_)) = body.next().await {} };
+            let _ = tokio::time::timeout(DRAIN, drain).await;
+            return;
+        }
+    }
+}
