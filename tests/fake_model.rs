@@ -132,7 +132,7 @@ impl Run {
         if let Some(twins) = self.model.twins() {
             return Err(twins);
         }
-        if step % 20 == 0 {
+        if step.is_multiple_of(20) {
             self.world.try_all_is_well()?;
         }
         Ok(())

@@ -148,7 +148,8 @@ fn fake_crashes_are_told_and_tried_again() {
             break;
         }
         wait("it is started again", || {
-            world.state("foo") == "running" && world.machine("foo") != before
+            let now = world.machine("foo");
+            world.state("foo") == "running" && now.is_some() && now != before
         });
     }
     std::thread::sleep(std::time::Duration::from_millis(1500));

@@ -174,10 +174,7 @@ fn fake_killed_at_any_moment_of_suspend_and_resume() {
         std::thread::sleep(Duration::from_millis(round * 7 % 80));
         let kill_qemu = round % 4 == 3;
         if kill_qemu {
-            if let Some(pid) = world.machine("foo") {
-                let pid = nix::unistd::Pid::from_raw(pid);
-                let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
-            }
+            world.try_signal("foo", Signal::SIGKILL).unwrap();
         } else {
             world.crash();
         }

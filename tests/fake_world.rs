@@ -160,9 +160,10 @@ impl World {
         self.machine_of(text(&self.instance(name), "id"))
     }
 
+    #[track_caller]
     pub fn signal(&self, name: &str, signal: Signal) {
-        let pid = self.machine(name).expect("its machine runs");
-        kill(Pid::from_raw(pid), signal).unwrap();
+        assert!(self.machine(name).is_some(), "{name} has a machine");
+        self.try_signal(name, signal).unwrap();
     }
 
     /// As [`World::signal`]; as an answer of the API.
@@ -170,6 +171,11 @@ impl World {
         let instance = self.api.instance(name)?;
         if let Some(pid) = self.machine_of(text(&instance, "id")) {
             let _ = kill(Pid::from_raw(pid), signal);
+            if signal != Signal::SIGUSR2 {
+                wait("it ends", || {
+                    self.machine_of(text(&instance, "id")).is_none()
+                });
+            }
         }
         Ok(instance)
     }
@@ -374,6 +380,10 @@ impl World {
             if runs != matches!(state, "running" | "unknown") {
                 return Err(format!("{name} is {state}, and its machine runs: {runs}"));
             }
+            let answers = || self.api.told_by(name, "hostname").is_ok();
+            if state == "running" && instance["deleted"] == false && !answers() {
+                return Err(format!("{name} is running, and its guest does not answer"));
+            }
         }
         Ok(())
     }
@@ -386,15 +396,14 @@ impl World {
     pub fn try_all_is_well(&self) -> Result<(), String> {
         self.settle();
         // What ends by itself may need a moment more.
-        let mut last = Ok(());
-        for _ in 0..20 {
-            last = self.check();
-            if last.is_ok() {
-                return last;
+        let until = Instant::now() + Duration::from_secs(2);
+        loop {
+            let found = self.check();
+            if found.is_ok() || Instant::now() > until {
+                return found;
             }
             std::thread::sleep(Duration::from_millis(50));
         }
-        last
     }
 }
 

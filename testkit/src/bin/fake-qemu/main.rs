@@ -358,11 +358,12 @@ impl Machine {
     }
 
     fn ends_later(self: &Arc<Self>) {
+        type End = fn(&Arc<Machine>);
         let after = |word: &str| {
             let millis = self.value(word)?.parse().ok()?;
             Some(Duration::from_millis(millis))
         };
-        let ends: [(&str, fn(&Arc<Self>)); 3] = [
+        let ends: [(&str, End); 3] = [
             ("crashes-after-ms", |machine| {
                 machine.say("Oops: fake");
                 std::process::abort()
