@@ -113,9 +113,10 @@ done, clock = [], [100.0]
 class Time:
     CLOCK_REALTIME = 0
     time = staticmethod(lambda: clock[0])
+    sleep = staticmethod(lambda seconds: None)
     clock_settime = staticmethod(lambda which, now: clock.__setitem__(0, now))
 files = {"/run/pileus/generation": "i-1 m-1\n"}
-names.update(time=Time, reseed=lambda b: done.append(("seed", len(b))), report=lambda: {"type": "report"},
+names.update(time=Time, prefer=lambda *a: None, reseed=lambda b: done.append(("seed", len(b))), report=lambda: {"type": "report"},
              put=lambda p, t, *a: files.__setitem__(p, t), read_text=lambda p, *a: files.get(p, ""),
              run=lambda argv, **k: done.append(tuple(argv)), pids_of=lambda u: [5] if "networkd" in u else [],
              addresses=lambda: [{"name": "eth0", "addresses": ["x"]}, {"name": "eth1", "addresses": []}])
@@ -123,6 +124,7 @@ class Path:
     exists = staticmethod(lambda p: p in files)
 class Os:
     path, kill = Path, None
+    getpid = staticmethod(lambda: 1)
     urandom = staticmethod(lambda n: b"r" * n)
 names["os"] = Os
 class Ssh:

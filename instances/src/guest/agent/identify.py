@@ -15,12 +15,6 @@ KEEP_IPC = "/run/systemd/logind.conf.d/50-pileus-fork.conf"
 NO_RESTART = "/run/pileus/keep-agent"
 
 
-def prefer(nice, *pids):
-    for pid in pids:
-        if pid > 1:
-            attempt(os.setpriority, os.PRIO_PROCESS, pid, nice)
-
-
 class Steps:
     """Names and milliseconds of what was done."""
 
