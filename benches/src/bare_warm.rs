@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -20,6 +21,8 @@ use crate::measure::{inside, poll, timed};
 const USER: &str = "ubuntu";
 const BOUND: Duration = Duration::from_secs(60);
 const TAP: &str = "bare0";
+/// What a clone does after its start is over then.
+const REST: Duration = Duration::from_secs(20);
 
 /// A stopped warm instance: the bare clones take its place (one at a time), so that nobody else has
 /// its MAC and address.
@@ -120,7 +123,8 @@ impl Twin {
         Ok(steps)
     }
 
-    fn work(&self, folder: &Path, entry: &Path) -> Result<Steps> {
+    /// Starts a clone and makes it somebody.
+    fn run(&self, folder: &Path, entry: &Path) -> Result<Running> {
         let began = Instant::now();
         for key in ["client_key", "host_key"] {
             timed(
@@ -153,7 +157,27 @@ impl Twin {
         qmp.plug(&self.mac)?;
         agent.answer(2)?;
         let identified = began.elapsed();
+        Ok(Running {
+            machine,
+            qmp,
+            agent,
+            began,
+            prepared,
+            restored,
+            identified,
+        })
+    }
 
+    fn work(&self, folder: &Path, entry: &Path) -> Result<Steps> {
+        let Running {
+            machine,
+            mut agent,
+            began,
+            prepared,
+            restored,
+            identified,
+            ..
+        } = self.run(folder, entry)?;
         let nonce = uuid::Uuid::new_v4().simple().to_string();
         agent.ask(
             3,
@@ -170,6 +194,38 @@ impl Twin {
             identified,
             command,
         })
+    }
+
+    /// Starts a clone and saves it by QEMU's own `savevm` into its disk: how long that takes, and by how
+    /// many bytes the disk grows.
+    pub fn save_once(&self) -> Result<(Duration, u64)> {
+        // Beside the daemon's storage: the same file system.
+        let folder = tempfile::tempdir()?;
+        let entry = self.hosts.join("bare");
+        let done = inside(self.daemon, || self.save(folder.path(), &entry));
+        let _ = fs::remove_file(entry);
+        let gone = inside(self.daemon, || {
+            timed(Command::new("ip").args(["link", "delete", TAP]))
+        });
+        let saved = done?;
+        gone?;
+        Ok(saved)
+    }
+
+    fn save(&self, folder: &Path, entry: &Path) -> Result<(Duration, u64)> {
+        let mut running = self.run(folder, entry)?;
+        std::thread::sleep(REST);
+        let disk = folder.join("disk.qcow2");
+        let size = || fs::metadata(&disk).map(|found| found.blocks() * 512);
+        let before = size()?;
+        let began = Instant::now();
+        let command = json!({ "command-line": "savevm saved" });
+        let said = running.qmp.run("human-monitor-command", &command)?;
+        ensure!(said == "", "savevm says {said}");
+        // It is over when it is on the disk, and the machine is gone.
+        drop(running);
+        fs::File::open(&disk)?.sync_all()?;
+        Ok((began.elapsed(), size()?.saturating_sub(before)))
     }
 
     /// What the daemon asks the agent for (`instances/src/guest/clone.rs`).
@@ -205,6 +261,17 @@ impl Twin {
             },
         }))
     }
+}
+
+/// A clone that is somebody, and when it got so far.
+struct Running {
+    machine: Qemu,
+    qmp: Qmp,
+    agent: Agent,
+    began: Instant,
+    prepared: Duration,
+    restored: Duration,
+    identified: Duration,
 }
 
 /// The command, by a new connection. The client passes over the line that the agent says first, as the

@@ -14,9 +14,11 @@ use crate::measure::{
 use crate::table::{Row, Table};
 
 const MANY: u32 = 1000;
+/// Of each.
+const SNAPSHOTS: u32 = 10;
 const MIB: f64 = (1 << 20) as f64;
 
-fn can() -> bool {
+pub fn can() -> bool {
     need(&[Need::Root, Need::Tun])
 }
 
@@ -33,10 +35,41 @@ pub fn list(runs: u32, table: &mut Table) -> Result<()> {
     }
     fill(&mut daemon)?;
     let many = MANY as usize;
-    time_list(&daemon, runs, "1,000 stopped ones", many, 50, table)
+    time_list(&daemon, runs, "1,000 stopped ones", many, 50, table)?;
+    list_with_snapshots(runs, table)
 }
 
-fn launch(daemon: &Daemon, names: &[&str]) -> Result<()> {
+/// The same with snapshots, which most readers don't want.
+fn list_with_snapshots(runs: u32, table: &mut Table) -> Result<()> {
+    let mut daemon = Daemon::fake();
+    launch(&daemon, &["a"])?;
+    for _ in 0..SNAPSHOTS {
+        timed(&mut pileus(&daemon.storage(), &["snapshot", "a"]))?;
+    }
+    timed(&mut pileus(&daemon.storage(), &["stop", "a"]))?;
+    fill(&mut daemon)?;
+    let of = "1,000 stopped ones with 10 snapshots each";
+    time_list(&daemon, runs, of, MANY as usize, 50, table)?;
+    let mut all = Times::default();
+    for _ in 0..runs.min(10) {
+        let words = ["list", "--snapshots", "--format", "csv"];
+        let (took, csv) = timed(&mut pileus(&daemon.storage(), &words))?;
+        let shown = csv.lines().count().saturating_sub(1);
+        ensure!(
+            shown == (MANY * SNAPSHOTS) as usize,
+            "{shown} snapshots are listed"
+        );
+        all.add(took);
+    }
+    table.note(
+        "… `pileus list --snapshots` of all 10,000",
+        all.show(),
+        String::new(),
+    );
+    Ok(())
+}
+
+pub fn launch(daemon: &Daemon, names: &[&str]) -> Result<()> {
     let image = format!("file://{}", daemon.fake_image().display());
     for name in names {
         timed(&mut pileus(
@@ -94,8 +127,10 @@ fn fill(daemon: &mut Daemon) -> Result<()> {
     for slot in there..MANY {
         let [high, low] = u16::try_from(slot)?.to_be_bytes();
         let copied = writing.execute(
-            "INSERT INTO instances SELECT ?1, ?2, ?3, ?4, ?5, state, deleted, created_at, started_at,
-             spec, process, history FROM instances WHERE name = 'a'",
+            "INSERT INTO instances (id, name, address, mac, slot, state, deleted, created_at, started_at,
+                 spec, process, history, snapshots)
+             SELECT ?1, ?2, ?3, ?4, ?5, state, deleted, created_at, started_at,
+                 spec, process, history, snapshots FROM instances WHERE name = 'a'",
             params![
                 uuid::Uuid::new_v4().to_string(),
                 format!("copied-instance-{slot}"),

@@ -163,9 +163,10 @@ pub fn exec(real: &mut Real, runs: u32, table: &mut Table) -> Result<()> {
     }
     let name = real.instance()?;
     let storage = real.daemon().storage();
-    let known = Login::of(real, &name)?;
+    let info = real.info(&name)?;
+    let known = Login::of(real.daemon(), &info)?;
     let pid = real.daemon().pid().context("the daemon runs")?;
-    let by_ssh = || inside(pid, || timed(&mut known.ssh())).map(|(time, _)| time);
+    let by_ssh = || inside(pid, || timed(&mut known.ssh("true"))).map(|(time, _)| time);
     let by_exec = || timed(&mut pileus(&storage, &["exec", &name, "--", "true"])).map(|(t, _)| t);
     // Once each, not measured: both ways are open.
     poll("ssh to the guest", Duration::from_secs(60), || {
@@ -192,17 +193,16 @@ pub fn exec(real: &mut Real, runs: u32, table: &mut Table) -> Result<()> {
 }
 
 /// What ssh needs for an instance of ours.
-struct Login {
+pub struct Login {
     folder: tempfile::TempDir,
     key: PathBuf,
     address: Ipv4Addr,
 }
 
 impl Login {
-    fn of(real: &mut Real, name: &str) -> Result<Self> {
-        let info = real.info(name)?;
+    pub fn of(daemon: &Daemon, info: &Value) -> Result<Self> {
         let id = info["id"].as_str().context("it has no id")?;
-        let own = real.daemon().storage().join("data/instances").join(id);
+        let own = daemon.storage().join("data/instances").join(id);
         let address = info["ipv4"][0].as_str().context("it has no address")?;
         let address: Ipv4Addr = address.parse()?;
         let folder = tempfile::tempdir()?;
@@ -223,13 +223,14 @@ impl Login {
         })
     }
 
-    fn ssh(&self) -> Command {
+    /// A command by a new connection, from inside the daemon's namespace.
+    pub fn ssh(&self, words: &str) -> Command {
         let hosts = self.folder.path().join("known_hosts");
         let mut command = ssh(&self.key, self.address);
         command
             .args(["-o", "StrictHostKeyChecking=yes", "-o"])
             .arg(format!("GlobalKnownHostsFile={}", hosts.display()))
-            .arg("true");
+            .arg(words);
         command
     }
 }

@@ -7,8 +7,12 @@
 //! bare.rs       that bare QEMU
 //! warm.rs       a warm launch: against a boot, against a script; a standby; forks
 //! bare_warm.rs  that script
+//! life.rs       suspend and resume
+//! snapshots.rs  snapshots, restores, clones
+//! info.rs       a guest that is looked at fifty times a second
 //! crowd.rs      many of them: `run` at once, the memory of idle ones
 //! fake.rs       the daemon alone, with stand-in machines: list, memory, bytes written, start
+//! fake_life.rs  the same: starts, snapshots and clones a second
 //! measure.rs    times and their medians; processes; the API in ten lines
 //! table.rs      the table
 //! ```
@@ -17,8 +21,12 @@ mod bare;
 mod bare_warm;
 mod crowd;
 mod fake;
+mod fake_life;
 mod guest;
+mod info;
+mod life;
 mod measure;
+mod snapshots;
 mod table;
 mod warm;
 
@@ -108,17 +116,28 @@ enum Bench {
     Run,
     /// Clones of a running instance
     Fork,
+    /// Suspend and resume, against the disk's own time
+    Life,
+    /// Snapshots of a running instance and restores, against a stopped copy
+    Snapshot,
+    /// Clones, against a stopped copy
+    Clone,
+    /// Fifty `info` a second, against as many ssh as can be
+    Info,
+    /// Starts, stops, snapshots and clones a second of machines that are stand-ins
+    Operations,
     /// Memory of idle instances, warm and cold
     Idle,
 }
 
 impl Bench {
     /// Quick ones first: a mistake shows early.
-    const ALL: [Bench; 12] = [
+    const ALL: [Bench; 17] = [
         Bench::Start,
         Bench::Bytes,
         Bench::List,
         Bench::Memory,
+        Bench::Operations,
         Bench::Cold,
         Bench::Exec,
         Bench::Adopt,
@@ -126,6 +145,10 @@ impl Bench {
         Bench::Pool,
         Bench::Run,
         Bench::Fork,
+        Bench::Clone,
+        Bench::Snapshot,
+        Bench::Info,
+        Bench::Life,
         Bench::Idle,
     ];
 }
@@ -173,7 +196,15 @@ fn run(bench: Bench, args: &Args, worlds: &mut Worlds, table: &mut Table) -> Res
     let Worlds { real, warm } = worlds;
     let is_warm = matches!(
         bench,
-        Bench::Warm | Bench::Pool | Bench::Run | Bench::Fork | Bench::Idle
+        Bench::Warm
+            | Bench::Pool
+            | Bench::Run
+            | Bench::Fork
+            | Bench::Clone
+            | Bench::Snapshot
+            | Bench::Info
+            | Bench::Life
+            | Bench::Idle
     );
     if is_warm {
         *real = guest::Real::default();
@@ -184,6 +215,7 @@ fn run(bench: Bench, args: &Args, worlds: &mut Worlds, table: &mut Table) -> Res
         Bench::List => fake::list(args.runs, table),
         Bench::Memory => fake::memory(table),
         Bench::Bytes => fake::bytes(table),
+        Bench::Operations => fake_life::operations(args.runs, table),
         Bench::Start => fake::start(args.runs, table),
         Bench::Adopt => {
             fake::adopt(args.rounds, table)?;
@@ -193,6 +225,10 @@ fn run(bench: Bench, args: &Args, worlds: &mut Worlds, table: &mut Table) -> Res
         Bench::Pool => warm::pool(warm, extent, table),
         Bench::Run => crowd::run(warm, extent, table),
         Bench::Fork => warm::fork(warm, extent, table),
+        Bench::Clone => snapshots::clone(warm, extent, table),
+        Bench::Snapshot => snapshots::take(warm, extent, table),
+        Bench::Info => info::info(warm, extent, table),
+        Bench::Life => life::suspend(warm, extent, table),
         Bench::Idle => crowd::memory(warm, extent, table),
     }
 }

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CloneFlags, setns};
+use pileus_testkit::Api;
 use serde_json::Value;
 
 /// What was measured again and again.
@@ -98,6 +99,28 @@ impl Phases {
     pub fn all(&self) -> &[(String, Times)] {
         &self.0
     }
+}
+
+/// Does something with an instance by the API, as `POST /v1/instances/NAME/WHAT`, to its end.
+pub fn operate(api: &Api, name: &str, what: &str, body: &Value) -> Result<(Duration, Value)> {
+    let began = Instant::now();
+    let done = api.act(name, what, body);
+    let took = began.elapsed();
+    match done {
+        Ok(operation) => Ok((took, operation)),
+        Err(refusal) => bail!("{what} of {name}: {}: {}", refusal.code, refusal.message),
+    }
+}
+
+/// How long a phase of an operation took.
+pub fn phase(operation: &Value, wanted: &str) -> Option<Duration> {
+    let phases = operation["phases"].as_array()?;
+    let found = phases.iter().find(|phase| phase["phase"] == wanted)?;
+    Some(Duration::from_millis(found["milliseconds"].as_u64()?))
+}
+
+pub fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// The three averages of the machine's load.

@@ -164,7 +164,8 @@ impl World {
         get(&self.daemon.socket(), &routes::fill(routes::INSTANCE, name))
     }
 
-    fn twin(&mut self) -> Result<Twin> {
+    /// A stopped instance whose place bare clones take.
+    pub fn twin(&mut self) -> Result<Twin> {
         let launched = self.launch("--warm")?;
         let twin = Twin::of(&self.daemon, &self.info(&launched.name)?);
         self.run(&["stop", "--force", &launched.name])?;
