@@ -51,7 +51,8 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
             let text = "Use --force to power it off.".to_owned();
             match context.multipass() {
                 true => err.error.details.push(text),
-                false => err.hints.push(text),
+                false if err.error.advice.is_none() => err.hints.push(text),
+                false => {}
             }
         }
         err

@@ -105,6 +105,10 @@ impl Shelf {
         let what = format!("Looking through {}", root.display());
         for entry in std::fs::read_dir(&root).io(&what)? {
             let path = entry.io(&what)?.path();
+            if !path.is_dir() {
+                tracing::warn!(path = %path.display(), "is no template of ours; it stays");
+                continue;
+            }
             let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
             let name = name.unwrap_or_default();
             match shelf.load(&path, &name) {
