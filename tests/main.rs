@@ -4,6 +4,7 @@
 //! start from a template that all share; the few that boot take most of a minute under emulation, so one
 //! of them serves as many checks as it can.
 
+mod fake_archive;
 mod fake_faults;
 mod fake_host;
 mod fake_life;
@@ -19,6 +20,8 @@ mod fake_world;
 mod guest_boot;
 mod guest_host;
 mod guest_life;
+mod guest_model;
+mod guest_multipass;
 mod guest_run;
 mod guest_setup;
 mod guest_snapshots;
