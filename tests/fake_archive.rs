@@ -1,0 +1,679 @@
+//! Export and import: an instance with its snapshots travels to another storage; whatever breaks off on the way,
+//! on either side, leaves nothing there and harms nothing here.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pileus_testkit::{Daemon, Need, files_below, need};
+use serde_json::{Value, json};
+use sha2::Digest;
+
+use crate::fake_world::{World, refused, text, wait};
+
+fn path(world: &World, name: &str) -> String {
+    world.folder().join(name).display().to_string()
+}
+
+/// Bytes that don't compress.
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(len);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes
+}
+
+/// A world whose image has so many MiB that take time to write and read.
+fn heavy(mib: usize) -> World {
+    let world = World::new();
+    let mut disk = noise(mib << 20);
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    fs::write(world.fake_image(), disk).unwrap();
+    world
+}
+
+/// Nothing of an import is left.
+#[track_caller]
+fn nothing_is_left(world: &World) {
+    assert_eq!(world.run(&["list"]).ok(), "No instances found.\n");
+    world.all_is_well();
+    let stages = files_below(&world.storage().join("data/images/stage"));
+    assert!(stages.is_empty(), "{stages:?}");
+}
+
+/// Snapshots that are no mere line: `two` and `three` were both taken on `one`.
+fn snapshot_tree(world: &World) {
+    world.launch("foo");
+    world.snapshot("foo", "one", false).unwrap();
+    world.must("foo", "restart");
+    world.snapshot("foo", "two", true).unwrap();
+    world.restore("foo", "one").unwrap();
+    world.snapshot("foo", "three", false).unwrap();
+    world.must("foo", "restart");
+}
+
+#[test]
+fn fake_an_instance_travels() {
+    if !need(&[Need::Root, Need::Tun]) {
+        return;
+    }
+    let here = World::new();
+    snapshot_tree(&here);
+    let file = path(&here, "foo.pileus");
+    let wrote = here.marks("foo");
+    let exported = here.run(&["export", "foo", &file]);
+    assert_eq!(exported.ok_with_words(), "Exported: foo\n");
+    let warned = "warning: The memory of snapshot two is not exported";
+    assert!(exported.stderr.contains(warned), "{}", exported.stderr);
+    assert_eq!(here.state("foo"), "running");
+    assert_eq!(here.marks("foo"), wrote);
+    here.all_is_well();
+    // One that is there stays.
+    let kept = fs::read(&file).unwrap();
+    let again = here.run(&["export", "foo", &file]).fails_with(1);
+    assert!(again.contains("is there already"), "{again}");
+    assert!(fs::read(&file).unwrap() == kept);
+    assert!(!Path::new(&format!("{file}.part")).exists());
+    here.run(&["export", "foo", &file, "--force"])
+        .ok_with_words();
+    assert!(!Path::new(&format!("{file}.part")).exists());
+
+    let there = World::new();
+    assert_eq!(there.run(&["import", &file]).ok(), "Imported: foo\n");
+    assert_eq!(there.state("foo"), "stopped");
+    there.all_is_well();
+    let (old, new) = (here.instance("foo"), there.instance("foo"));
+    for same in ["cpus", "memory", "disk", "snapshots", "on_crash"] {
+        assert_eq!(old[same], new[same], "{same}");
+    }
+    for own in ["id", "mac"] {
+        assert_ne!(old[own], new[own], "{own}");
+    }
+    assert_eq!(text(&new["origin"], "kind"), "import");
+    let shown = |world: &World| -> Vec<Value> {
+        let mut all = world.api.snapshots("foo").unwrap();
+        for snapshot in &mut all {
+            for differs in ["id", "created_at", "size", "with_memory"] {
+                snapshot.as_object_mut().unwrap().remove(differs);
+            }
+        }
+        all
+    };
+    assert_eq!(shown(&here), shown(&there));
+    // Its guest has what the other one wrote, and becomes somebody else.
+    there.must("foo", "start");
+    let marks = there.marks("foo");
+    assert_eq!(marks[..wrote.len()], wrote);
+    assert!(marks.len() > wrote.len());
+    // So it does when it goes back to what came with it.
+    let id = text(&new, "id").to_owned();
+    for (snapshot, boots) in [("one", 1), ("two", 2)] {
+        there.must("foo", "stop");
+        there.restore("foo", snapshot).unwrap();
+        assert_eq!(there.disks()[&id]["identify"], true);
+        there.must("foo", "start");
+        assert_eq!(there.disks()[&id]["identify"], false);
+        assert!(there.marks("foo").len() > boots, "{snapshot}");
+    }
+    there.snapshot("foo", "own", false).unwrap();
+    there.must("foo", "stop");
+    there.restore("foo", "own").unwrap();
+    assert_eq!(there.disks()[&id]["identify"], false);
+    there.delete_snapshot("foo", "two").unwrap();
+    there.all_is_well();
+    // The name is taken, in whatever case; another one is not.
+    let taken = there.run(&["import", &file]).fails_with(2);
+    assert!(taken.contains("instance \"foo\" already exists"), "{taken}");
+    assert_eq!(
+        there.run(&["import", &file, "--name", "bar"]).ok(),
+        "Imported: bar\n"
+    );
+    // The image that came with the first one serves the second one.
+    let images = there.api.get("/v1/images").unwrap();
+    assert_eq!(images.as_array().map(Vec::len), Some(1));
+    // Back where it came from, the image is there already.
+    assert_eq!(
+        here.run(&["import", &file, "--name", "back"]).ok(),
+        "Imported: back\n"
+    );
+    assert_eq!(
+        here.instance("back")["image"],
+        here.instance("foo")["image"]
+    );
+    here.must("back", "start");
+    here.all_is_well();
+    // Both end as others do.
+    there.delete("foo", true).unwrap();
+    there.delete("bar", true).unwrap();
+    nothing_is_left(&there);
+}
+
+#[test]
+fn fake_through_a_pipe_and_on() {
+    if !need(&[Need::Root, Need::Tun]) {
+        return;
+    }
+    let here = World::new();
+    here.launch("foo");
+    here.must("foo", "stop");
+    let bytes = here.run(&["export", "foo", "-"]);
+    assert!(
+        bytes.status.success() && bytes.stderr.is_empty(),
+        "{}",
+        bytes.stderr
+    );
+    // The same instance, the same bytes.
+    assert!(here.run(&["export", "foo", "-"]).stdout == bytes.stdout);
+    let there = World::new();
+    let came = there.run_with(&["import", "-", "--name", "bar"], &bytes.stdout);
+    assert_eq!(came.ok(), "Imported: bar\n");
+    there.must("bar", "start");
+    // What was imported can be exported.
+    there.must("bar", "suspend");
+    let again = there.run(&["export", "bar", "-"]);
+    assert!(
+        again.stderr.contains("saved memory is not exported"),
+        "{}",
+        again.stderr
+    );
+    assert_eq!(there.state("bar"), "suspended");
+    let back = here.run_with(&["import", "-"], &again.stdout);
+    assert_eq!(back.ok(), "Imported: bar\n");
+    here.must("bar", "start");
+    assert_eq!(
+        here.api.get("/v1/images").unwrap().as_array().map(Vec::len),
+        Some(1)
+    );
+    // What can't be exported says why.
+    for (name, words) in [("nobody", "does not exist"), ("../x", "does not exist")] {
+        let told = here.run(&["export", name, "-"]).fails_with(2);
+        assert!(told.contains(words), "{told}");
+    }
+    here.delete("foo", false).unwrap();
+    let told = here
+        .run(&["export", "foo", &path(&here, "x")])
+        .fails_with(2);
+    assert!(told.contains("is deleted"), "{told}");
+    assert!(!here.folder().join("x").exists() && !here.folder().join("x.part").exists());
+    let told = here.run(&["import", &path(&here, "none")]).fails_with(2);
+    assert!(told.contains("No such file"), "{told}");
+    let told = here
+        .run_with(&["import", "-", "-n", "a b"], b"")
+        .fails_with(2);
+    assert!(told.contains("a b"), "{told}");
+    here.all_is_well();
+    there.all_is_well();
+}
+
+/// Unpacks an archive with the usual tools, to be changed and packed again.
+struct Opened {
+    folder: PathBuf,
+    members: Vec<String>,
+}
+
+impl Opened {
+    fn new(archive: &[u8], folder: &Path) -> Self {
+        let _ = fs::remove_dir_all(folder);
+        fs::create_dir_all(folder).unwrap();
+        let script = format!("zstd -dqc | tar -xvSC {}", folder.display());
+        let members = shell(&script, archive);
+        let members = String::from_utf8(members).unwrap();
+        Self {
+            folder: folder.to_owned(),
+            members: members.lines().map(str::to_owned).collect(),
+        }
+    }
+
+    fn path(&self, member: &str) -> PathBuf {
+        self.folder.join(member)
+    }
+
+    fn manifest(&self, change: impl FnOnce(&mut Value)) {
+        self.json("manifest.json", change);
+    }
+
+    fn json(&self, member: &str, change: impl FnOnce(&mut Value)) {
+        let path = self.path(member);
+        let mut value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        change(&mut value);
+        fs::write(path, serde_json::to_vec(&value).unwrap()).unwrap();
+    }
+
+    fn digest(&self, member: &str) -> String {
+        let bytes = fs::read(self.path(member)).unwrap();
+        let hex: String = sha2::Sha256::digest(bytes)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        format!("sha256:{hex}")
+    }
+
+    /// Makes manifest and digests right again, as far as an attacker can.
+    fn sign(&self) {
+        let disk = self.digest("disk.img");
+        let sizes: Vec<_> = (0..)
+            .map(|n| self.path(&format!("layers/{n}.qcow2")))
+            .map_while(|path| Some(path.metadata().ok()?.len()))
+            .collect();
+        self.manifest(|manifest| {
+            manifest["image"]["disk"] = disk.into();
+            for (layer, size) in manifest["layers"]
+                .as_array_mut()
+                .unwrap()
+                .iter_mut()
+                .zip(sizes)
+            {
+                layer["bytes"] = size.into();
+            }
+        });
+        let members = self.members.iter().filter(|m| *m != "digests.json");
+        let digests: serde_json::Map<_, _> = members
+            .filter(|member| self.path(member).is_file())
+            .map(|member| (member.clone(), self.digest(member).into()))
+            .collect();
+        let text = serde_json::to_vec(&digests).unwrap();
+        fs::write(self.path("digests.json"), text).unwrap();
+    }
+
+    fn pack(&self, members: &[String]) -> Vec<u8> {
+        let script = format!(
+            "tar --format=gnu -cC {} --owner=7 --no-recursion --hard-dereference -- {} | zstd -q",
+            self.folder.display(),
+            members.join(" ")
+        );
+        shell(&script, b"")
+    }
+}
+
+fn shell(script: &str, input: &[u8]) -> Vec<u8> {
+    let mut child = Command::new("sh")
+        .args(["-ec", script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    let feed = std::thread::spawn(move || stdin.write_all(&input));
+    let output = child.wait_with_output().unwrap();
+    let _ = feed.join();
+    assert!(output.status.success(), "{script}");
+    output.stdout
+}
+
+fn qemu_img(args: &[&str]) {
+    let status = Command::new("qemu-img")
+        .args(args)
+        .stdout(Stdio::null())
+        .status();
+    if !status.as_ref().unwrap().success() {
+        let _ = Command::new("cp")
+            .args([args[args.len() - 1], "/tmp/w/H6/q/bad"])
+            .status();
+    }
+    assert!(status.unwrap().success(), "qemu-img {args:?}");
+}
+
+#[test]
+fn fake_archives_that_are_refused() {
+    let tools = ["zstd", "tar", "qemu-img"].map(Need::Program);
+    if !need(&[Need::Root, Need::Tun]) || !need(&tools) {
+        return;
+    }
+    let here = World::new();
+    snapshot_tree(&here);
+    let archive = here.run(&["export", "foo", "-"]).stdout;
+    let there = World::new();
+    let folder = there.folder().join("opened");
+    let mut cases = 0;
+    let mut case = |words: &str, change: &dyn Fn(&mut Opened)| {
+        let mut opened = Opened::new(&archive, &folder);
+        opened.sign();
+        change(&mut opened);
+        let archive = opened.pack(&opened.members);
+        let told = there.run_with(&["import", "-"], &archive).fails_with(2);
+        assert!(told.contains(words), "{words}: {told}");
+        nothing_is_left(&there);
+        cases += 1;
+    };
+    // Its members, and their order.
+    case("begin with a manifest", &|opened| {
+        opened.members.rotate_left(1)
+    });
+    case("stands where", &|opened| opened.members.swap(1, 2));
+    case("it has no digests.json", &|opened| {
+        drop(opened.members.pop())
+    });
+    case("stands where", &|opened| drop(opened.members.remove(2)));
+    case("too many", &|opened| {
+        let first = opened.members[0].clone();
+        opened.members.push(first);
+    });
+    case("too many", &|opened| {
+        fs::write(opened.path("extra"), "x").unwrap();
+        opened.members.push("extra".into());
+    });
+    case("stands where", &|opened| {
+        let again = opened.members[2].clone();
+        opened.members.insert(2, again);
+    });
+    case("is no file", &|opened| {
+        fs::remove_file(opened.path("disk.img")).unwrap();
+        fs::create_dir(opened.path("disk.img")).unwrap();
+    });
+    case("is a link", &|opened| {
+        fs::remove_file(opened.path("disk.img")).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", opened.path("disk.img")).unwrap();
+    });
+    // What the members say of each other.
+    case("another size", &|opened| {
+        opened.manifest(|m| m["layers"][0]["bytes"] = json!(5));
+    });
+    case("is not what the manifest says", &|opened| {
+        opened.manifest(|m| m["image"]["disk"] = opened.digest("manifest.json").into());
+    });
+    case("not those that were written", &|opened| {
+        opened.json("digests.json", |all| {
+            all["layers/0.qcow2"] = all["layers/1.qcow2"].clone();
+        });
+    });
+    case("not those that were written", &|opened| {
+        opened.json("digests.json", |all| {
+            all["more"] = all["layers/1.qcow2"].clone();
+        });
+    });
+    case("manifest.json", &|opened| {
+        fs::write(opened.path("manifest.json"), "{").unwrap()
+    });
+    // Layers that reach for files of the host, or are not what they are said to be.
+    let rebase = |opened: &mut Opened, args: &[&str]| {
+        let layer = opened.path("layers/1.qcow2");
+        let layer = layer.to_str().unwrap();
+        qemu_img(&[args, &[layer]].concat());
+        opened.sign();
+    };
+    case("refers to a backing file", &|opened| {
+        rebase(
+            opened,
+            &[
+                "rebase",
+                "-u",
+                "-f",
+                "qcow2",
+                "-F",
+                "raw",
+                "-b",
+                "/etc/passwd",
+            ],
+        );
+    });
+    case("external data file", &|opened| {
+        let (layer, data) = (opened.path("layers/1.qcow2"), opened.path("data"));
+        fs::remove_file(&layer).unwrap();
+        let options = format!("data_file={}", data.display());
+        let layer = layer.to_str().unwrap();
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, layer, "5G"]);
+        opened.sign();
+    });
+    case("what the manifest says of it", &|opened| {
+        let layer = opened.path("layers/1.qcow2");
+        fs::remove_file(&layer).unwrap();
+        qemu_img(&["create", "-q", "-f", "qcow2", layer.to_str().unwrap(), "4G"]);
+        opened.sign();
+    });
+    case("internal snapshots", &|opened| {
+        // What the stand-in for QEMU writes is no qcow2 to QEMU's own tools.
+        let layer = opened.path("layers/1.qcow2");
+        fs::remove_file(&layer).unwrap();
+        qemu_img(&["create", "-q", "-f", "qcow2", layer.to_str().unwrap(), "5G"]);
+        rebase(opened, &["snapshot", "-c", "inner"]);
+    });
+    case("not a qcow2 file", &|opened| {
+        fs::write(opened.path("layers/1.qcow2"), noise(4096)).unwrap();
+        opened.sign();
+    });
+    assert!(cases > 15);
+    // Damaged on the way, cut off, not an archive at all.
+    for at in [
+        0,
+        5,
+        archive.len() / 3,
+        archive.len() / 2,
+        archive.len() - 3,
+    ] {
+        let mut damaged = archive.clone();
+        damaged[at] ^= 0x10;
+        for bytes in [damaged.as_slice(), &archive[..at]] {
+            let told = there.run_with(&["import", "-"], bytes).fails_with(2);
+            assert!(told.contains("archive is refused"), "{at}: {told}");
+            nothing_is_left(&there);
+        }
+    }
+    // Packed by somebody else's tools, it is as good.
+    let opened = Opened::new(&archive, &folder);
+    opened.sign();
+    let packed = opened.pack(&opened.members);
+    assert_eq!(
+        there.run_with(&["import", "-"], &packed).ok(),
+        "Imported: foo\n"
+    );
+    there.must("foo", "start");
+    assert_eq!(there.marks("foo")[..2], here.marks("foo")[..2]);
+    there.all_is_well();
+}
+
+#[test]
+fn fake_no_room_for_what_comes() {
+    if !need(&[Need::Root, Need::Tun, Need::Program("mount")]) {
+        return;
+    }
+    let here = heavy(60);
+    here.launch("foo");
+    here.must("foo", "stop");
+    let archive = here.run(&["export", "foo", "-"]).stdout;
+    let small = Daemon::on_small_disk(540 << 20);
+    let told = small.run_with(&["import", "-"], &archive).fails_with(2);
+    assert!(
+        told.contains("needs") && told.contains("disk space"),
+        "{told}"
+    );
+    assert_eq!(small.run(&["list"]).ok(), "No instances found.\n");
+    for folder in ["instances", "layers", "images/stage"] {
+        let left = files_below(&small.storage().join("data").join(folder));
+        assert!(left.is_empty(), "{folder}: {left:?}");
+    }
+    // A reader's own disk is full: the host's error, and no half a file.
+    let full = small.storage().join("run/foo.pileus").display().to_string();
+    let mut filler = fs::File::create(small.storage().join("filler")).unwrap();
+    while filler.write_all(&noise(1 << 20)).is_ok() {}
+    let told = here.run(&["export", "foo", &full]).fails_with(2);
+    assert!(told.contains("No space left"), "{told}");
+    assert!(!Path::new(&full).exists() && !Path::new(&format!("{full}.part")).exists());
+    here.all_is_well();
+}
+
+/// The instance is deleted for good while its archive is on the way: that is whole all the same.
+#[test]
+fn fake_deleted_while_it_is_exported() {
+    if !need(&[Need::Root, Need::Tun]) {
+        return;
+    }
+    let here = heavy(40);
+    here.launch("foo");
+    let mut export = here
+        .command(&["export", "foo", "-"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = export.stdout.take().unwrap();
+    let mut archive = vec![0; 1 << 20];
+    out.read_exact(&mut archive).unwrap();
+    // Nobody reads on now; the instance is free.
+    here.must("foo", "restart");
+    here.snapshot("foo", "one", false).unwrap();
+    here.delete("foo", true).unwrap();
+    out.read_to_end(&mut archive).unwrap();
+    assert!(export.wait().unwrap().success());
+    here.all_is_well();
+    assert_eq!(
+        here.run_with(&["import", "-"], &archive).ok(),
+        "Imported: foo\n"
+    );
+    here.must("foo", "start");
+    here.all_is_well();
+}
+
+/// Whoever goes away ends the work on the other side.
+#[test]
+fn fake_clients_that_go() {
+    if !need(&[Need::Root, Need::Tun]) {
+        return;
+    }
+    let here = heavy(40);
+    here.launch("foo");
+    let archive = here.run(&["export", "foo", "-"]).stdout;
+    // A reader that has seen enough: as every program behind a pipe.
+    let mut export = here.command(&["export", "foo", "-"]);
+    let mut export = export
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = export.stdout.take().unwrap();
+    out.read_exact(&mut [0; 100]).unwrap();
+    drop(out);
+    assert_eq!(export.wait().unwrap().code(), Some(128 + 13));
+    here.all_is_well();
+    // One that is killed.
+    let file = path(&here, "foo.pileus");
+    let mut export = here
+        .command(&["export", "foo", &file])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait("it writes", || Path::new(&format!("{file}.part")).exists());
+    kill(Pid::from_raw(export.id().cast_signed()), Signal::SIGINT).unwrap();
+    let ended = export.wait().unwrap();
+    if ended.code() != Some(0) {
+        assert_eq!(ended.code(), Some(128 + 2));
+        assert!(!Path::new(&file).exists());
+    }
+    assert!(!Path::new(&format!("{file}.part")).exists());
+    here.all_is_well();
+    // A sender that stops in the middle, and is killed.
+    let there = World::new();
+    for signal in [Signal::SIGINT, Signal::SIGKILL] {
+        let mut import = there
+            .command(&["import", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut input = import.stdin.take().unwrap();
+        input.write_all(&archive[..archive.len() / 2]).unwrap();
+        wait("it arrives", || there.state("foo") == "creating");
+        kill(Pid::from_raw(import.id().cast_signed()), signal).unwrap();
+        assert!(!import.wait().unwrap().success());
+        wait("it is undone", || there.state("foo") == "none");
+        nothing_is_left(&there);
+    }
+    // One that is cancelled by somebody else, and by its own operation.
+    let mut import = there
+        .command(&["import", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = import.stdin.take().unwrap();
+    input.write_all(&archive[..archive.len() / 2]).unwrap();
+    wait("it arrives", || there.state("foo") == "creating");
+    let operations = there.api.get("/v1/operations").unwrap();
+    let id = text(&operations[0], "id");
+    there
+        .api
+        .call("DELETE", &format!("/v1/operations/{id}"), None)
+        .unwrap();
+    assert!(!import.wait().unwrap().success());
+    nothing_is_left(&there);
+    // A large archive that is refused at its beginning: the sender gets to read why.
+    let mut wrong = archive.clone();
+    wrong[100] ^= 1;
+    let told = there.run_with(&["import", "-"], &wrong).fails_with(2);
+    assert!(told.contains("archive is refused"), "{told}");
+    refused(there.api.instance("foo"), "instance-not-found");
+}
+
+/// The daemon is killed at many moments of either. The instance that is exported stays as it is; the one that comes is
+/// there as a whole, or not at all.
+#[test]
+fn fake_daemon_killed_while_it_archives() {
+    if !need(&[Need::Root, Need::Tun]) {
+        return;
+    }
+    let mut here = heavy(24);
+    here.launch("foo");
+    let archive = path(&here, "whole");
+    here.run(&["export", "foo", &archive]).ok();
+    let wrote = here.marks("foo");
+    for round in 0..6 {
+        let file = path(&here, &format!("cut{round}"));
+        let mut export = here
+            .command(&["export", "foo", &file])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(10 + 60 * round));
+        here.crash();
+        let whole = export.wait().unwrap().success();
+        assert_eq!(Path::new(&file).exists(), whole, "round {round}");
+        assert!(!Path::new(&format!("{file}.part")).exists());
+        assert_eq!(here.state("foo"), "running");
+        assert_eq!(here.marks("foo")[..wrote.len()], wrote);
+        here.all_is_well();
+    }
+    here.run(&["export", "foo", &archive, "--force"]).ok();
+
+    let mut there = World::new();
+    let (mut kept, mut undone) = (0, 0);
+    for round in 0..14 {
+        let mut import = there
+            .command(&["import", &archive])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(10 + 80 * round));
+        there.crash();
+        import.wait().unwrap();
+        match there.state("foo").as_str() {
+            "stopped" => {
+                kept += 1;
+                there.must("foo", "start");
+                assert_eq!(there.marks("foo")[..wrote.len()], wrote);
+                there.delete("foo", true).unwrap();
+            }
+            "none" => undone += 1,
+            state => panic!("round {round}: it is {state}"),
+        }
+        nothing_is_left(&there);
+    }
+    assert!(undone > 0, "kept {kept}, undone {undone}");
+    there.run(&["import", &archive]).ok();
+    there.all_is_well();
+}
