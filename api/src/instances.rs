@@ -89,6 +89,10 @@ pub struct LaunchRequest {
     /// always boots.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network_config: Option<Blob>,
+    /// Networks of the host that it is connected to besides pileus's own. A guest that has any always
+    /// boots.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<LaunchNetwork>,
     /// IANA name of the guest's time zone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timezone: Option<String>,
@@ -105,6 +109,38 @@ pub struct LaunchRequest {
     /// Keep what the guest writes in memory (a tmpfs) instead of on disk. Only with a lease.
     #[serde(default)]
     pub disk_in_memory: bool,
+}
+
+/// A network of the host that a new instance is to be connected to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LaunchNetwork {
+    /// As the list of networks has it; `bridged` is the one of `local.bridged-network`.
+    pub name: String,
+    #[serde(default)]
+    pub mode: NetworkMode,
+    /// Of the guest's card; a random one if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+}
+
+/// Whether a guest sets its further card up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetworkMode {
+    /// By DHCP.
+    #[default]
+    Auto,
+    /// The card is there, and nothing more.
+    Manual,
+}
+
+/// A network of the host that an instance is connected to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct InstanceNetwork {
+    pub name: String,
+    pub mode: NetworkMode,
+    pub mac: String,
 }
 
 /// Whether a launch starts from a template.
@@ -258,6 +294,9 @@ pub struct Instance {
     pub memory: Size,
     pub disk: Size,
     pub mac: String,
+    /// The host's networks that it has cards in, from its next boot on.
+    #[serde(default)]
+    pub networks: Vec<InstanceNetwork>,
     /// Addresses while it runs; the one on pileus's own network first.
     #[schema(value_type = Vec<String>, format = "ipv4")]
     pub ipv4: Vec<Ipv4Addr>,

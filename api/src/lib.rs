@@ -36,8 +36,9 @@ pub use identity::{Identity, IdentityItem};
 pub use images::{CatalogEntry, CatalogQuery, Image, PruneReply, PrunedImage};
 pub use instances::{
     Autostart, CloudInit, CloudInitStatus, DeleteQuery, GuestReport, Instance, InstanceImage,
-    InstanceState, LaunchRequest, LeaseRequest, LogQuery, OnCrash, Origin, Pending, PhaseTime,
-    PortQuery, StartRequest, StopRequest, Suspended, Usage, Warm,
+    InstanceNetwork, InstanceState, LaunchNetwork, LaunchRequest, LeaseRequest, LogQuery,
+    NetworkMode, OnCrash, Origin, Pending, PhaseTime, PortQuery, StartRequest, StopRequest,
+    Suspended, Usage, Warm,
 };
 pub use operations::{Operation, OperationEvent, OperationKind, OperationState, Progress};
 pub use pileus_base::{Class, Code, Digest, InstanceName, Phase, Size, SnapshotName};

@@ -54,6 +54,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         seed: seed.exists().then_some(seed),
         boot,
         nic: Nic::None,
+        extra_nics: Vec::new(),
         ram: Memory::Private,
         incoming: false,
         ends_with_daemon: false,
@@ -61,7 +62,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         paths: Paths::of(&folder.join("run"), &folder),
     };
     let started = Instant::now();
-    let (vm, mut events) = Vm::start(&qemu, &spec, None, None).await?;
+    let (vm, mut events) = Vm::start(&qemu, &spec, Vec::new(), None).await?;
     println!("{:?} QEMU answers", started.elapsed());
     let mut input = BufReader::new(tokio::io::stdin()).lines();
     let mut listening = true;

@@ -70,7 +70,7 @@ async fn main() -> Done<()> {
             incoming: true,
             ..spec.clone()
         };
-        let (now, _) = Vm::start(&place.qemu, &incoming, None, None).await?;
+        let (now, _) = Vm::start(&place.qemu, &incoming, Vec::new(), None).await?;
         guest = place.guest(&spec)?;
         now.restore_all(File::open(&file)?, stream).await?;
         println!("{:>8.1?} loaded", began.elapsed());
@@ -219,6 +219,7 @@ impl Place {
                 },
             },
             nic: Nic::None,
+            extra_nics: Vec::new(),
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: true,
@@ -240,7 +241,7 @@ impl Place {
 
     async fn boot(&self, spec: &MachineSpec) -> Done<(Vm, Guest)> {
         let began = Instant::now();
-        let (vm, _) = Vm::start(&self.qemu, spec, None, None).await?;
+        let (vm, _) = Vm::start(&self.qemu, spec, Vec::new(), None).await?;
         let guest = self.guest(spec)?;
         let hello = tokio::time::timeout(LONG, guest.agent().wait_hello()).await??;
         println!(

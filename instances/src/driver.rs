@@ -52,6 +52,10 @@ pub trait Wiring: Send + Sync + 'static {
     fn host(&self) -> Later<'_, Result<Arc<Host>>>;
     /// A tap, plugged in and up.
     fn plug(&self) -> Later<'_, Result<OwnedFd>>;
+    /// A tap in the host's network that the further card with this address is in; none if the instance
+    /// has no such card any more.
+    fn plug_extra(&self, number: usize, mac: Mac) -> Later<'_, Result<Option<OwnedFd>>>;
+    /// Takes the first card's place away; that of the others goes with their taps.
     fn unplug(&self) -> Later<'_, ()>;
     /// The instance as it is now; `None` if nobody knows any more.
     fn setup(&self) -> Option<Setup>;
@@ -83,6 +87,8 @@ pub struct Setup {
     /// The sockets lie here.
     pub run: PathBuf,
     pub mac: Mac,
+    /// Its cards in networks of the host.
+    pub extra_nics: Vec<Mac>,
     pub address: Ipv4Addr,
     /// Its VM ends with the daemon: it is a throw-away one.
     pub ends_with_daemon: bool,
@@ -142,6 +148,7 @@ impl Setup {
             seed: Some(self.folder.join(SEED)),
             boot,
             nic: Nic::Tap(self.mac),
+            extra_nics: self.extra_nics.clone(),
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: self.ends_with_daemon,
@@ -207,6 +214,7 @@ impl QemuDriver {
         Ok(spec)
     }
 
+        spec.extra_nics.clone_from(&saved.extra_nics);
     /// What is to be known of a machine that runs now and was written.
     fn saved_now(
         &self,
@@ -241,6 +249,7 @@ impl QemuDriver {
         })
     }
 
+            extra_nics: qemu::extra_nics(&running),
     pub(crate) fn wiring(&self) -> &dyn Wiring {
         &*self.wiring
     }
@@ -251,11 +260,11 @@ impl QemuDriver {
         &self,
         host: &Host,
         spec: &MachineSpec,
-        tap: Option<OwnedFd>,
+        taps: Vec<OwnedFd>,
     ) -> Result<RunningVm> {
         files::create_folder(&self.setup.run, 0o700)?;
         let confinement = self.wiring.confinement(host.accelerator);
-        let (vm, events) = qemu::Vm::start(&host.qemu, spec, tap, confinement).await?;
+        let (vm, events) = qemu::Vm::start(&host.qemu, spec, taps, confinement).await?;
         self.running(vm, events)
     }
 
@@ -263,6 +272,19 @@ impl QemuDriver {
     pub(crate) async fn plug_nic(&self, vm: &RunningVm, tap: OwnedFd) -> Result<()> {
         vm.vm.plug_nic("nic0", Port::Nic, self.setup.mac, tap).await
     }
+    /// The taps of a machine's NICs.
+    async fn taps(&self, spec: &MachineSpec) -> Result<Vec<OwnedFd>> {
+        let mut taps = vec![self.wiring.plug().await?];
+        for (number, mac) in spec.extra_nics.iter().enumerate() {
+            taps.push(match self.wiring.plug_extra(number, *mac).await? {
+                Some(tap) => tap,
+                // A machine that was saved when it still had the card.
+                None => qemu::loose_tap()?,
+            });
+        }
+        Ok(taps)
+    }
+
 
     fn running(
         &self,
@@ -290,8 +312,8 @@ impl Driver for QemuDriver {
         let host = self.wiring.host().await?;
         let spec = self.spec(&host, firmware_boot);
         let started = async {
-            let tap = self.wiring.plug().await?;
-            self.launch(&host, &spec, Some(tap)).await
+            let taps = self.taps(&spec).await?;
+            self.launch(&host, &spec, taps).await
         };
         match started.await {
             Ok(vm) => Ok(vm),
@@ -310,8 +332,8 @@ impl Driver for QemuDriver {
         let host = self.wiring.host().await?;
         let spec = self.spec_of_saved(&host, saved)?;
         let started = async {
-            let tap = self.wiring.plug().await?;
-            self.launch(&host, &spec, Some(tap)).await
+            let taps = self.taps(&spec).await?;
+            self.launch(&host, &spec, taps).await
         };
         match started.await {
             Ok(vm) => Ok(vm),

@@ -47,7 +47,7 @@ pub async fn make(
     spec.in_background = in_background;
     make_sparse(ram, spec.ram_bytes())?;
     report.phase(Phase::Starting);
-    let mut vm = driver.launch(&host, &spec, None).await?;
+    let mut vm = driver.launch(&host, &spec, Vec::new()).await?;
     let made = report
         .or_cancelled(settle_and_save(&mut vm, state, timeout, report))
         .await;
@@ -218,11 +218,16 @@ async fn bring_up(
     report: &Reporter,
 ) -> Result<(RunningVm, Vec<PhaseTime>)> {
     spec.incoming = true;
+    // What was saved has none: a launch with further NICs boots.
+    spec.extra_nics.clear();
     let had_nic = spec.nic != Nic::None;
     report.phase(Phase::Restoring);
     let began = Instant::now();
     // Both at once: a tap takes a few milliseconds, QEMU some more.
-    let (tap, vm) = tokio::join!(driver.wiring().plug(), driver.launch(host, &spec, None));
+    let (tap, vm) = tokio::join!(
+        driver.wiring().plug(),
+        driver.launch(host, &spec, Vec::new())
+    );
     let (tap, vm) = match (tap, vm) {
         (Ok(tap), Ok(vm)) => (tap, vm),
         (Err(err), Ok(vm)) => {

@@ -181,7 +181,7 @@ async fn parent_that_is_killed() {
     let path = std::env::var_os("PATH").unwrap();
     let qemu = Qemu::find(None, &path).await.unwrap();
     let spec = machine::make(folder, &qemu);
-    let (vm, _events) = Vm::start(&qemu, &spec, None, None).await.unwrap();
+    let (vm, _events) = Vm::start(&qemu, &spec, Vec::new(), None).await.unwrap();
     let text = serde_json::to_vec(&(spec, vm.process())).unwrap();
     pileus_base::files::write_atomic(&folder.join("started"), &text, 0o600).unwrap();
     std::future::pending::<()>().await;
@@ -271,7 +271,7 @@ async fn a_machine_runs_as_a_user_that_may_read_nothing_of_ours() {
         gid: 0x7000_0001,
         groups: vec![],
     };
-    let (vm, _events) = Vm::start(&qemu, &machine.spec, None, Some(other))
+    let (vm, _events) = Vm::start(&qemu, &machine.spec, Vec::new(), Some(other))
         .await
         .unwrap();
     for field in ["Uid", "Gid"] {
@@ -320,14 +320,14 @@ async fn kernel_and_initrd_are_read_by_a_user_that_can_not_reach_them() {
     image[0x22c..0x230].copy_from_slice(&0x7fff_ffff_u32.to_le_bytes());
     std::fs::write(&kernel, &image).unwrap();
     std::fs::set_permissions(&kernel, PermissionsExt::from_mode(0o444)).unwrap();
-    let (vm, _events) = Vm::start(&qemu, &machine.spec, None, Some(other.clone()))
+    let (vm, _events) = Vm::start(&qemu, &machine.spec, Vec::new(), Some(other.clone()))
         .await
         .unwrap();
     vm.quit().await.unwrap();
 
     // The same without leave to read the file itself: the error says what QEMU said.
     std::fs::set_permissions(&kernel, PermissionsExt::from_mode(0o400)).unwrap();
-    let err = Vm::start(&qemu, &machine.spec, None, Some(other))
+    let err = Vm::start(&qemu, &machine.spec, Vec::new(), Some(other))
         .await
         .unwrap_err();
     assert_eq!(err.code, Code::QemuFailed);
@@ -352,11 +352,11 @@ async fn a_nic_is_there_or_plugged_later() {
     };
     let mut machine = Machine::new(&qemu);
     machine.spec.nic = Nic::Tap("52:54:00:00:00:01".parse().unwrap());
-    let err = Vm::start(&qemu, &machine.spec, None, None)
+    let err = Vm::start(&qemu, &machine.spec, Vec::new(), None)
         .await
         .unwrap_err();
     assert_eq!(err.code, Code::Internal, "a NIC without a tap");
-    let (vm, _events) = Vm::start(&qemu, &machine.spec, Some(first), None)
+    let (vm, _events) = Vm::start(&qemu, &machine.spec, vec![first], None)
         .await
         .unwrap();
     machine.greeted(1).await;
@@ -395,14 +395,14 @@ async fn a_start_that_fails_says_why_and_leaves_nothing() {
 
     let mut spec = machine.spec.clone();
     spec.disk.base = machine.folder.path().join("none.raw");
-    let err = Vm::start(&qemu, &spec, None, None).await.unwrap_err();
+    let err = Vm::start(&qemu, &spec, Vec::new(), None).await.unwrap_err();
     assert_eq!(err.code, Code::Io);
     assert!(err.message.contains("none.raw") && gone());
 
     // A layer that is no qcow2, whatever it says it is.
     let mut spec = machine.spec.clone();
     spec.disk.layers = vec![spec.disk.base.clone()];
-    let err = Vm::start(&qemu, &spec, None, None).await.unwrap_err();
+    let err = Vm::start(&qemu, &spec, Vec::new(), None).await.unwrap_err();
     assert_eq!(err.code, Code::QemuFailed);
     assert!(
         err.details.iter().any(|line| line.contains("qcow2")),
@@ -415,7 +415,7 @@ async fn a_start_that_fails_says_why_and_leaves_nothing() {
     let mut spec = machine.spec.clone();
     spec.uuid = uuid::Uuid::new_v4();
     spec.paths.run = machine.folder.path().join("run2");
-    let err = Vm::start(&qemu, &spec, None, None).await.unwrap_err();
+    let err = Vm::start(&qemu, &spec, Vec::new(), None).await.unwrap_err();
     assert!(
         err.details.iter().any(|line| line.contains("lock")),
         "{err:?}"
@@ -426,7 +426,7 @@ async fn a_start_that_fails_says_why_and_leaves_nothing() {
         program: "/no/such/qemu".into(),
         ..qemu.clone()
     };
-    let err = Vm::start(&none, &machine.spec, None, None)
+    let err = Vm::start(&none, &machine.spec, Vec::new(), None)
         .await
         .unwrap_err();
     assert_eq!(err.code, Code::QemuMissing);
@@ -434,7 +434,7 @@ async fn a_start_that_fails_says_why_and_leaves_nothing() {
         program: "/bin/false".into(),
         ..qemu
     };
-    let err = Vm::start(&odd, &machine.spec, None, None)
+    let err = Vm::start(&odd, &machine.spec, Vec::new(), None)
         .await
         .unwrap_err();
     assert_eq!(err.code, Code::QemuFailed);
@@ -446,7 +446,7 @@ async fn a_start_that_is_cancelled_leaves_no_process() {
     let qemu = qemu_or_skip!("a_start_that_is_cancelled");
     let machine = Machine::new(&qemu);
     for micros in [0, 500, 2_000, 5_000, 10_000, 20_000] {
-        let start = Vm::start(&qemu, &machine.spec, None, None);
+        let start = Vm::start(&qemu, &machine.spec, Vec::new(), None);
         let started = tokio::time::timeout(Duration::from_micros(micros), start).await;
         if let Ok(started) = started {
             started.unwrap().0.quit().await.unwrap();

@@ -53,7 +53,9 @@ async fn a_real_guest_boots_shut_in_takes_and_gives_back_a_nic_and_powers_off() 
         groups: vec![],
     });
     let started = Instant::now();
-    let (vm, mut events) = Vm::start(&qemu, &machine.spec, None, other).await.unwrap();
+    let (vm, mut events) = Vm::start(&qemu, &machine.spec, Vec::new(), other)
+        .await
+        .unwrap();
     eprintln!("{:?} QEMU answers", started.elapsed());
     while !machine.console().contains("login:") {
         assert!(started.elapsed() < Duration::from_secs(240), "no login");

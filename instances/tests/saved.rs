@@ -104,7 +104,7 @@ impl Template {
             .unwrap();
         machine.spec.ram = Memory::Shared(folder.ram());
         machine.spec.ends_with_daemon = true;
-        let (vm, _events) = Vm::start(qemu, &machine.spec, None, user(0)).await.unwrap();
+        let (vm, _events) = Vm::start(qemu, &machine.spec, Vec::new(), user(0)).await.unwrap();
         machine.greeted(1).await;
         let err = vm.save_devices(new_file(&own("early"))).await.unwrap_err();
         assert_eq!(err.code, Code::Internal, "saved while it ran");
@@ -145,7 +145,7 @@ impl Template {
     async fn start(&self, qemu: &Qemu, number: u32) -> (MachineSpec, Vm) {
         let spec = self.clone_spec(number);
         let ready = self.folder.open_checked(&self.key).unwrap();
-        let (vm, _) = Vm::start(qemu, &spec, None, user(number)).await.unwrap();
+        let (vm, _) = Vm::start(qemu, &spec, Vec::new(), user(number)).await.unwrap();
         vm.restore(ready.state).await.unwrap();
         assert_eq!(vm.status().await.unwrap(), PowerState::Paused);
         (spec, vm)
@@ -218,7 +218,7 @@ async fn a_state_that_is_damaged_is_refused_with_qemus_words() {
     assert_eq!(err.code, Code::NoTemplate);
     // What QEMU does with it, if it got so far.
     let spec = template.clone_spec(1);
-    let (vm, _) = Vm::start(&qemu, &spec, None, user(1)).await.unwrap();
+    let (vm, _) = Vm::start(&qemu, &spec, Vec::new(), user(1)).await.unwrap();
     let state = File::open(template.folder.state()).unwrap();
     let err = vm.restore(state).await.unwrap_err();
     assert_eq!(err.code, Code::QemuFailed);
@@ -233,7 +233,7 @@ async fn memory_of_the_wrong_length_or_behind_a_link() {
     let ram = machine.folder.path().join("ram");
     new_file(&ram).set_len(1 << 20).unwrap();
     machine.spec.ram = Memory::CopyOnWrite(ram.clone());
-    let err = Vm::start(&qemu, &machine.spec, None, user(1))
+    let err = Vm::start(&qemu, &machine.spec, Vec::new(), user(1))
         .await
         .unwrap_err();
     assert_eq!(err.code, Code::QemuFailed);
@@ -248,7 +248,7 @@ async fn memory_of_the_wrong_length_or_behind_a_link() {
     let link = machine.folder.path().join("link");
     std::os::unix::fs::symlink(&ram, &link).unwrap();
     machine.spec.ram = Memory::CopyOnWrite(link);
-    let err = Vm::start(&qemu, &machine.spec, None, None)
+    let err = Vm::start(&qemu, &machine.spec, Vec::new(), None)
         .await
         .unwrap_err();
     assert_eq!(err.code, Code::Io);
@@ -302,7 +302,7 @@ async fn layers_are_put_on_a_running_disk_also_by_the_next_daemon() {
     for pair in layers.windows(2) {
         layer_on(&pair[1], &pair[0]);
     }
-    let (vm, _events) = Vm::start(&qemu, &machine.spec, None, user(1))
+    let (vm, _events) = Vm::start(&qemu, &machine.spec, Vec::new(), user(1))
         .await
         .unwrap();
     machine.greeted(1).await;
@@ -367,7 +367,7 @@ async fn a_running_machine_is_forked() {
     };
     let mut machine = Machine::new(&qemu);
     machine.spec.nic = Nic::Tap(MAC.parse().unwrap());
-    let (vm, _events) = Vm::start(&qemu, &machine.spec, Some(tap), user(1))
+    let (vm, _events) = Vm::start(&qemu, &machine.spec, vec![tap], user(1))
         .await
         .unwrap();
     machine.greeted(1).await;
@@ -397,7 +397,7 @@ async fn a_running_machine_is_forked() {
     spec.incoming = true;
     layer_on(&folder.join("disk.qcow2"), &old);
     spec.disk.layers.push(folder.join("disk.qcow2"));
-    let (fork, _) = Vm::start(&qemu, &spec, None, user(2)).await.unwrap();
+    let (fork, _) = Vm::start(&qemu, &spec, Vec::new(), user(2)).await.unwrap();
     let saved = File::open(own("all")).unwrap();
     fork.restore_all(saved, stream).await.unwrap();
     assert_eq!(macs(&fork).await, [MAC]);
@@ -434,7 +434,7 @@ async fn parent_whose_machines_end_with_it() {
         std::fs::create_dir(&own).unwrap();
         let mut spec = machine::make(&own, &qemu);
         spec.ends_with_daemon = true;
-        let (vm, _events) = Vm::start(&qemu, &spec, None, who).await.unwrap();
+        let (vm, _events) = Vm::start(&qemu, &spec, Vec::new(), who).await.unwrap();
         started.push((spec, vm.process()));
         held.push(vm);
     }
@@ -535,7 +535,7 @@ async fn figures() {
                 let mut spec = template.clone_spec(0);
                 let folder = spec.paths.console_log.parent().unwrap().to_owned();
                 spec.incoming = incoming;
-                let (started, ms) = timed(Vm::start(&qemu, &spec, None, who.clone())).await;
+                let (started, ms) = timed(Vm::start(&qemu, &spec, Vec::new(), who.clone())).await;
                 starts.push(ms);
                 let vm = started.unwrap().0;
                 if incoming {
@@ -597,7 +597,7 @@ async fn fork_figures(qemu: &Qemu, touched: u64) {
     spec.ram = Memory::Private;
     spec.incoming = true;
     spec.disk.layers.extend([layer, next]);
-    let (vm, _) = Vm::start(qemu, &spec, None, None).await.unwrap();
+    let (vm, _) = Vm::start(qemu, &spec, Vec::new(), None).await.unwrap();
     let saved = File::open(&all).unwrap();
     let (restored, restore) = timed(vm.restore_all(saved, stream.unwrap())).await;
     restored.unwrap();

@@ -45,6 +45,7 @@ impl Fake {
             seed: None,
             boot: Boot::Firmware,
             nic: Nic::None,
+            extra_nics: Vec::new(),
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: false,
@@ -56,7 +57,7 @@ impl Fake {
 
     /// The events from the start to the end.
     async fn story(&self) -> Vec<VmEvent> {
-        let (_vm, mut events) = Vm::start(&self.qemu, &self.spec, None, None).await.unwrap();
+        let (_vm, mut events) = Vm::start(&self.qemu, &self.spec, Vec::new(), None).await.unwrap();
         let mut seen = Vec::new();
         while !matches!(seen.last(), Some(VmEvent::Exited(_))) {
             let next = tokio::time::timeout(Duration::from_secs(10), events.recv());
@@ -66,7 +67,7 @@ impl Fake {
     }
 
     async fn start(&self) -> Vm {
-        let (vm, _) = Vm::start(&self.qemu, &self.spec, None, None).await.unwrap();
+        let (vm, _) = Vm::start(&self.qemu, &self.spec, Vec::new(), None).await.unwrap();
         vm
     }
 
@@ -76,7 +77,7 @@ impl Fake {
             incoming: true,
             ..self.spec.clone()
         };
-        let (vm, _) = Vm::start(&self.qemu, &spec, None, None).await.unwrap();
+        let (vm, _) = Vm::start(&self.qemu, &spec, Vec::new(), None).await.unwrap();
         let saved = std::fs::File::open(file).unwrap();
         vm.restore_all(saved, stream).await.unwrap();
         assert_eq!(vm.status().await.unwrap(), PowerState::Paused);
@@ -111,7 +112,7 @@ impl Drop for Fake {
 #[tokio::test]
 async fn a_fake_guest_comes_up_reboots_is_adopted_and_goes_down() {
     let fake = Fake::new("address=10.1.2.3/24").await;
-    let (vm, _) = Vm::start(&fake.qemu, &fake.spec, None, None).await.unwrap();
+    let (vm, _) = Vm::start(&fake.qemu, &fake.spec, Vec::new(), None).await.unwrap();
     let agent = AgentLink::connect(fake.spec.paths.agent());
     let first = agent.wait_hello().await.unwrap();
     assert_eq!(first.hostname, "faker");
@@ -169,7 +170,7 @@ async fn the_ways_to_fail() {
     );
 
     let fake = Fake::new("fails-at-start").await;
-    let err = Vm::start(&fake.qemu, &fake.spec, None, None)
+    let err = Vm::start(&fake.qemu, &fake.spec, Vec::new(), None)
         .await
         .unwrap_err();
     assert_eq!(err.code, Code::QemuFailed);
@@ -186,7 +187,7 @@ async fn cloud_inits_ends_and_a_guest_that_does_not_listen() {
         ("cloud-init-degraded", CloudInitState::Degraded),
     ] {
         let fake = Fake::new(words).await;
-        let (vm, _) = Vm::start(&fake.qemu, &fake.spec, None, None).await.unwrap();
+        let (vm, _) = Vm::start(&fake.qemu, &fake.spec, Vec::new(), None).await.unwrap();
         let agent = AgentLink::connect(fake.spec.paths.agent());
         let told = agent.wait_cloud_init().await.unwrap();
         assert_eq!(told.state, state);
@@ -194,7 +195,7 @@ async fn cloud_inits_ends_and_a_guest_that_does_not_listen() {
         vm.quit().await.unwrap();
     }
     let fake = Fake::new("never-boots ignores-powerdown").await;
-    let (vm, _) = Vm::start(&fake.qemu, &fake.spec, None, None).await.unwrap();
+    let (vm, _) = Vm::start(&fake.qemu, &fake.spec, Vec::new(), None).await.unwrap();
     let agent = AgentLink::connect(fake.spec.paths.agent());
     let silent = tokio::time::timeout(Duration::from_millis(300), agent.wait_hello()).await;
     assert!(silent.is_err());
@@ -264,7 +265,7 @@ async fn a_suspended_machine_is_the_same_one_when_it_goes_on() {
             incoming: true,
             ..fake.spec.clone()
         };
-        let (vm, _) = Vm::start(&fake.qemu, &spec, None, None).await.unwrap();
+        let (vm, _) = Vm::start(&fake.qemu, &spec, Vec::new(), None).await.unwrap();
         let saved = std::fs::File::open(&file).unwrap();
         assert!(vm.restore_all(saved, stream).await.is_err(), "{words}");
         vm.kill().await.unwrap();

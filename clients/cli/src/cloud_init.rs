@@ -1,5 +1,6 @@
-//! Reads the user data for cloud-init from where the user says: a file, a FIFO, standard input or
-//! a web address. The bytes are passed on as they are; the daemon looks at them.
+//! Reads what is for cloud-init (user data, a network configuration) from where the user says: a file,
+//! a FIFO, standard input or a web address. The bytes are passed on as they are; the daemon looks at
+//! them.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -14,20 +15,31 @@ use crate::error::CommandError;
 const LIMIT: usize = 16 << 20;
 
 pub(crate) async fn read(source: &str) -> Result<Vec<u8>, CommandError> {
-    let read = if source.starts_with("http://") || source.starts_with("https://") {
-        fetch(source).await
-    } else {
-        let source = source.to_owned();
-        // A FIFO or a terminal may keep the reader waiting.
-        tokio::task::spawn_blocking(move || read_local(&source))
-            .await
-            .unwrap_or_else(|err| Err(err.to_string()))
+    let read = match source.starts_with("http://") || source.starts_with("https://") {
+        true => fetch(source).await,
+        false => read_here(source).await,
     };
     read.map_err(|why| {
         CommandError::usage(format!(
             "Could not load cloud-init configuration: {why}\nPlease ensure that pileus can read it."
         ))
     })
+}
+
+/// Reads a network configuration: a file, a FIFO or `-`.
+pub(crate) async fn read_network(source: &str) -> Result<Vec<u8>, CommandError> {
+    let read = read_here(source).await;
+    read.map_err(|why| {
+        CommandError::usage(format!("Could not load the network configuration: {why}"))
+    })
+}
+
+async fn read_here(source: &str) -> Result<Vec<u8>, String> {
+    let source = source.to_owned();
+    // A FIFO or a terminal may keep the reader waiting.
+    tokio::task::spawn_blocking(move || read_local(&source))
+        .await
+        .unwrap_or_else(|err| Err(err.to_string()))
 }
 
 fn read_local(source: &str) -> Result<Vec<u8>, String> {

@@ -40,6 +40,7 @@ const COMMANDS: &[(&str, &str)] = &[
 /// Long options of the shared commands that only pileus has; not shown under `multipass`.
 const OWN_OPTIONS: &[&str] = &[
     "checksum",
+    "network-config",
     "warm",
     "cold",
     "wait",

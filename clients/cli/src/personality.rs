@@ -54,7 +54,7 @@ impl Personality {
     /// A message of the client, as it reads under this name. Only fixed phrases of our own are changed,
     /// so that no path and no guest's word ever is.
     pub fn retell(self, message: &str) -> String {
-        const PHRASES: [(&str, &str); 4] = [
+        const PHRASES: [(&str, &str); 7] = [
             (
                 "cannot connect to the pileus socket",
                 "cannot connect to the multipass socket",
@@ -68,6 +68,15 @@ impl Personality {
                 "Please ensure that pileus can",
                 "Please ensure that Multipass can",
             ),
+            (
+                "You have to `pileus set local.bridged-network",
+                "You have to `multipass set local.bridged-network",
+            ),
+            (
+                "set as bridged interface, use `pileus set",
+                "set as bridged interface, use `multipass set",
+            ),
+            ("See `pileus networks`", "See `multipass networks`"),
         ];
         if !self.multipass() {
             return message.to_owned();

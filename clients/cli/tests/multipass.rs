@@ -493,16 +493,139 @@ nap                     Suspended         --               Debian 13
         daemon.multipass("find nope"),
         failed(
             2,
-            "find failed: Unable to find an image matching \"nope\"\n"
+            "find failed: Unable to find an image matching \"nope\".\n"
         )
+    );
+}
+
+#[test]
+fn what_is_searched_for_is_the_daemons_to_find() {
+    let daemon = daemon();
+    let entry = |name: &str, remote: &str| {
+        json!({
+            "name": name, "aliases": ["noble", "n", "default"], "os": "Ubuntu", "release": "24.04 LTS",
+            "version": "20260101", "remote": remote, "cached": false,
+        })
+    };
+    daemon.script.lock().unwrap().catalog =
+        vec![entry("24.04", "release"), entry("26.10", "daily")];
+    let found = |line: &str| -> serde_json::Value {
+        let ran = daemon.multipass(line);
+        assert_eq!(ran.err, "", "{line}");
+        let json: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+        json["images"].clone()
+    };
+    let all = found("find --format json");
+    assert_eq!(all["24.04"]["aliases"], json!(["noble"]));
+    assert_eq!(all["daily:26.10"]["remote"], "daily");
+    let one = found("find 24.04 --format json");
+    assert_eq!(one["24.04"]["aliases"], json!([]));
+    assert_eq!(one["24.04"]["remote"], "");
+    assert_eq!(one.as_object().unwrap().len(), 1);
+    daemon.bodies();
+    for (line, asked) in [
+        ("find", json!({"unsupported": false, "refresh": false})),
+        (
+            "find 24.04 --force-update",
+            json!({"search": "24.04", "unsupported": false, "refresh": true}),
+        ),
+        (
+            "find daily: --show-unsupported",
+            json!({"search": "daily:", "unsupported": true, "refresh": false}),
+        ),
+    ] {
+        daemon.multipass(line);
+        let bodies = daemon.bodies();
+        assert_eq!(bodies, [("GET /v1/catalog".to_owned(), asked)], "{line}");
+    }
+    let text = "Unable to find an image matching \"lts\": remote \"release\" is unreachable.";
+    let err = Error::new(Code::FetchFailed, text);
+    daemon.script.lock().unwrap().end = Some(ErrorBody::from(err));
+    let expected = format!("find failed: {text}\n");
+    assert_eq!(daemon.multipass("find lts"), failed(2, &expected));
+}
+
+#[test]
+fn launches_without_an_image_and_with_networks() {
+    let daemon = daemon();
+    let launched = |multipass: bool, line: &str| {
+        let ran = match multipass {
+            true => daemon.multipass(line),
+            false => daemon.run(line),
+        };
+        assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{line}");
+        daemon.script.lock().unwrap().launches.pop().unwrap()
+    };
+    assert_eq!(launched(true, "launch").image.as_deref(), Some("lts"));
+    assert_eq!(
+        launched(true, "launch noble").image.as_deref(),
+        Some("noble")
+    );
+    assert_eq!(launched(false, "launch").image, None);
+    // The primary instance is made like any other one.
+    assert_eq!(launched(true, "start").image.as_deref(), Some("lts"));
+    daemon
+        .script
+        .lock()
+        .unwrap()
+        .instances
+        .retain(|i| i.name.as_str() != "primary");
+    assert_eq!(launched(false, "start").image, None);
+
+    for multipass in [false, true] {
+        let mac = "52:54:00:aB:cd:ef";
+        let line = format!("launch --network name=br0,mode=manual,mac={mac} --bridged --network x");
+        let networks = serde_json::to_value(launched(multipass, &line).networks).unwrap();
+        let expected = json!([
+            {"name": "br0", "mode": "manual", "mac": mac},
+            {"name": "x", "mode": "auto"},
+            {"name": "bridged", "mode": "auto"},
+        ]);
+        assert_eq!(networks, expected);
+    }
+    let file = daemon.dir.path().join("net.yaml");
+    std::fs::write(&file, b"version: 2 # \xff\n").unwrap();
+    let request = launched(
+        false,
+        &format!("launch --network-config {}", file.display()),
+    );
+    assert_eq!(request.network_config.unwrap().0, b"version: 2 # \xff\n");
+    let ran = daemon.run("launch --network-config /nope");
+    assert_eq!(ran.code, 1);
+    assert!(
+        ran.err
+            .starts_with("Could not load the network configuration: /nope"),
+        "{}",
+        ran.err
     );
     assert_eq!(
-        daemon.multipass("find daily:nope"),
-        failed(
-            2,
-            "find failed: Unable to find an image matching \"nope\" in remote \"daily\".\n"
-        )
+        daemon.run("launch --network-config - --cloud-init -").code,
+        1
     );
+}
+
+#[test]
+fn the_bridged_network_is_not_taken_away() {
+    let daemon = daemon();
+    let key = "local.bar.bridged";
+    for (now, word, multipass) in [
+        ("false", "false", Ran::ok("")),
+        ("false", "true", Ran::ok("")),
+        (
+            "true",
+            "off",
+            failed(
+                2,
+                "set failed: Invalid setting 'local.bar.bridged=off': Removing the bridged network \
+                 is currently not supported\n",
+            ),
+        ),
+    ] {
+        daemon.script.lock().unwrap().settings = vec![(key.into(), now.into())];
+        let line = format!("set {key}={word}");
+        assert_eq!(daemon.multipass(&line), multipass, "{now} {word}");
+        assert_eq!(daemon.run(&line), Ran::ok(""), "{now} {word}");
+    }
 }
 
 #[test]

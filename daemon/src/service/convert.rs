@@ -1,12 +1,13 @@
 //! From what the daemon knows of an instance to what the API tells of it.
 
 use pileus_api::{
-    CloudInitStatus, Instance as ApiInstance, InstanceImage, InstanceState, Pending, Suspended,
+    CloudInitStatus, Instance as ApiInstance, InstanceImage, InstanceNetwork, InstanceState,
+    NetworkMode, Pending, Suspended,
 };
 use pileus_base::Digest;
 
 use super::registry::Instance;
-use crate::state::instances::{InstanceRow, Stage};
+use crate::state::instances::{ExtraNic, InstanceRow, Stage};
 
 pub fn instance(instance: &Instance) -> ApiInstance {
     let row = instance.row();
@@ -32,6 +33,7 @@ pub fn instance(instance: &Instance) -> ApiInstance {
         memory: row.spec.memory,
         disk: row.spec.disk,
         mac: row.mac.to_string(),
+        networks: row.spec.extra_nics.iter().map(network).collect(),
         ipv4,
         created_at: row.created_at,
         started_at: row.started_at,
@@ -51,6 +53,17 @@ pub fn instance(instance: &Instance) -> ApiInstance {
         cloud_init,
         last_error: row.history.last_error,
         report,
+    }
+}
+
+fn network(nic: &ExtraNic) -> InstanceNetwork {
+    InstanceNetwork {
+        name: nic.network.clone(),
+        mode: match nic.auto {
+            true => NetworkMode::Auto,
+            false => NetworkMode::Manual,
+        },
+        mac: nic.mac.to_string(),
     }
 }
 

@@ -40,6 +40,9 @@ impl Service {
                 format!("Instance '{name}' can't be forked: its disk lies in memory"),
             ));
         }
+        if !row.spec.extra_nics.is_empty() {
+            return Err(with_networks(name));
+        }
         let names = names(&row.name, &request, &self.taken_names())?;
         let mut clones = Vec::new();
         for name in &names {
@@ -136,6 +139,7 @@ impl Service {
         report.phase(Phase::Saving);
         let freeze = Freeze {
             layer: disk,
+            size: row.spec.disk,
             // Not a snapshot's; the name is not used.
             memory: Some((file, SavedFile::Suspended)),
         };
@@ -144,6 +148,9 @@ impl Service {
         let saved = frozen
             .saved
             .ok_or_else(|| Error::internal("A fork has no memory"))?;
+        if !saved.extra_nics.is_empty() {
+            return Err(with_networks(row.name.as_str()));
+        }
         Ok((memory, saved.stream))
     }
 
@@ -212,6 +219,14 @@ impl Service {
         };
         super::blocking(write).await
     }
+}
+
+fn with_networks(name: &str) -> Error {
+    Error::new(
+        Code::WrongState,
+        format!("Instance '{name}' can't be forked: it is connected to networks of the host"),
+    )
+    .advise(format!("A clone can be: `pileus clone {name}`."))
 }
 
 /// The file of a fork's memory; goes when the last clone has it.

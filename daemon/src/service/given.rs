@@ -48,18 +48,24 @@ impl Given {
     }
 }
 
-/// The seed of an instance on its own network card.
+/// The seed of an instance: its own network card, and those of the others that it shall set up itself.
 pub(super) fn seed_of(row: &InstanceRow, keys: &InstanceKeys, given: &Given) -> Result<Vec<u8>> {
+    let mut nics = vec![SeedNic {
+        mac: row.mac.to_string(),
+        // User data may need the network: packages, includes.
+        optional: false,
+    }];
+    let auto = row.spec.extra_nics.iter().filter(|nic| nic.auto);
+    nics.extend(auto.map(|nic| SeedNic {
+        mac: nic.mac.to_string(),
+        optional: true,
+    }));
     seed::build(&SeedSpec {
         instance_id: &row.id.to_string(),
         hostname: row.name.as_str(),
         user_data: given.user_data.as_deref(),
         network_config: given.network_config.as_deref(),
-        nics: &[SeedNic {
-            mac: row.mac.to_string(),
-            // User data may need the network: packages, includes.
-            optional: false,
-        }],
+        nics: &nics,
         keys,
         timezone: row.spec.timezone.as_deref(),
     })

@@ -9,7 +9,7 @@ use pileus_base::{Code, Error, Reporter, Result, Size, SnapshotName};
 use super::Service;
 use super::order::{MAX_CPUS, MIN_MEMORY};
 use super::registry::Instance;
-use super::settings::{bad_value, unknown};
+use super::settings::{bad_value, parse_bool, unknown};
 use super::snapshots;
 use crate::state::instances::InstanceRow;
 
@@ -19,6 +19,7 @@ const MOST_COMMENT: usize = 10 << 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Property {
     Autostart,
+    Bridged,
     Cpus,
     Disk,
     Memory,
@@ -26,8 +27,9 @@ enum Property {
 }
 
 impl Property {
-    const ALL: [Property; 5] = [
+    const ALL: [Property; 6] = [
         Property::Autostart,
+        Property::Bridged,
         Property::Cpus,
         Property::Disk,
         Property::Memory,
@@ -37,6 +39,7 @@ impl Property {
     fn as_str(self) -> &'static str {
         match self {
             Property::Autostart => "autostart",
+            Property::Bridged => "bridged",
             Property::Cpus => "cpus",
             Property::Disk => "disk",
             Property::Memory => "memory",
@@ -47,6 +50,9 @@ impl Property {
     fn values(self) -> &'static str {
         match self {
             Property::Autostart => "last, always or never",
+            Property::Bridged => {
+                "true or false: a card in local.bridged-network, from the next boot on"
+            }
             Property::Cpus => "a number from 1 on; holds from the next boot on",
             Property::Disk => "a size; a disk only grows",
             Property::Memory => "a size from 512M on; holds from the next boot on",
@@ -54,17 +60,23 @@ impl Property {
         }
     }
 
-    /// As it was set; what is pending comes before what holds.
-    fn get(self, row: &InstanceRow) -> String {
+    /// As it was set; what is pending comes before what holds. `bridged`: the network that this means.
+    fn get(self, row: &InstanceRow, bridged: &str) -> String {
         let (spec, pending) = (&row.spec, &row.spec.pending);
         match self {
             Property::Autostart => word(&spec.autostart),
+            Property::Bridged => is_in(row, bridged).to_string(),
             Property::Cpus => pending.cpus.unwrap_or(spec.cpus).to_string(),
             Property::Disk => spec.disk.to_string(),
             Property::Memory => pending.memory.unwrap_or(spec.memory).to_string(),
             Property::OnCrash => word(&spec.on_crash),
         }
     }
+}
+
+/// Whether the instance has a card in a network of the host.
+fn is_in(row: &InstanceRow, network: &str) -> bool {
+    row.spec.extra_nics.iter().any(|nic| nic.network == network)
 }
 
 /// What a key names.
@@ -112,6 +124,7 @@ const COMMENTS: &str = "any text";
 impl Service {
     /// The settings of all instances that are not in the trash, by name.
     pub(super) fn instance_settings(&self) -> Vec<Setting> {
+        let bridged = self.parts.settings.get().bridged_network;
         let mut all = Vec::new();
         for instance in self.parts.registry.all() {
             let row = instance.row();
@@ -121,7 +134,7 @@ impl Service {
             let name = &row.name;
             all.extend(Property::ALL.map(|p| {
                 let key = format!("local.{name}.{}", p.as_str());
-                setting(key, p.get(&row), p.values())
+                setting(key, p.get(&row, &bridged), p.values())
             }));
             for s in row.snapshots.iter() {
                 let key = |what: &str| format!("local.{name}.{}.{what}", s.name);
@@ -143,9 +156,10 @@ impl Service {
             .get(name)
             .map_err(|_| unknown(key))?
             .row();
+        let bridged = self.parts.settings.get().bridged_network;
         let of = |snapshot: &str| snapshots::find(&row, snapshot).map_err(|_| unknown(key));
         Ok(match parsed {
-            Key::Instance(_, p) => setting(key.to_owned(), p.get(&row), p.values()),
+            Key::Instance(_, p) => setting(key.to_owned(), p.get(&row, &bridged), p.values()),
             Key::SnapshotName(_, s) => setting(key.to_owned(), of(s)?.name.to_string(), NAMES),
             Key::SnapshotComment(_, s) => setting(key.to_owned(), of(s)?.comment.clone(), COMMENTS),
         })
@@ -159,9 +173,10 @@ impl Service {
                 let _turn = instance.usable_turn(&Reporter::silent()).await?;
                 self.set_property(&instance, property, key, value).await?;
                 let row = instance.row();
+                let bridged = self.parts.settings.get().bridged_network;
                 Ok(setting(
                     key.to_owned(),
-                    property.get(&row),
+                    property.get(&row, &bridged),
                     property.values(),
                 ))
             }
@@ -224,6 +239,10 @@ impl Service {
             Property::OnCrash => {
                 let wish: OnCrash = choice(value).ok_or_else(|| bad("it is no choice"))?;
                 instance.change(|row| row.spec.on_crash = wish).await?;
+            }
+            Property::Bridged => {
+                let wish = parse_bool(value).ok_or_else(|| bad("it is neither yes nor no"))?;
+                self.bridge(instance, wish).await?;
             }
             Property::Cpus => {
                 let cpus: u32 = value
@@ -349,13 +368,13 @@ mod tests {
     #[test]
     fn what_is_pending_is_shown_as_it_was_set() {
         let mut row = row("foo", 1);
-        assert_eq!(Property::Cpus.get(&row), "1");
-        assert_eq!(Property::Memory.get(&row), "1.0GiB");
+        assert_eq!(Property::Cpus.get(&row, ""), "1");
+        assert_eq!(Property::Memory.get(&row, ""), "1.0GiB");
         row.spec.pending.cpus = Some(3);
         row.spec.pending.memory = Some(Size::mib(1536));
-        assert_eq!(Property::Cpus.get(&row), "3");
-        assert_eq!(Property::Memory.get(&row), "1.5GiB");
-        assert_eq!(Property::Autostart.get(&row), "last");
+        assert_eq!(Property::Cpus.get(&row, ""), "3");
+        assert_eq!(Property::Memory.get(&row, ""), "1.5GiB");
+        assert_eq!(Property::Autostart.get(&row, ""), "last");
         assert_eq!(choice::<Autostart>("always"), Some(Autostart::Always));
         assert_eq!(choice::<OnCrash>("always"), None);
     }

@@ -35,7 +35,7 @@ use super::wiring::{self, HostWiring};
 use super::{Service, convert, leases};
 use crate::http::listener::Peer;
 use crate::state;
-use crate::state::instances::{History, InstanceRow, Spec, Stage};
+use crate::state::instances::{ExtraNic, History, InstanceRow, Spec, Stage};
 
 /// A launch under way.
 pub(super) struct Work<'a> {
@@ -53,7 +53,8 @@ impl Service {
         order.wanted.open_as(&self.parts.mode, peer)?;
         // A host that can't run anything says so before anything is fetched.
         self.parts.hypervisor.get().await?;
-        let instance = self.reserve(&order).await?;
+        let nics = self.extra_nics(&order.request.networks).await?;
+        let instance = self.reserve(&order, nics).await?;
         let name = instance.row().name.to_string();
         let service = self.clone();
         let began = self
@@ -70,7 +71,7 @@ impl Service {
         began
     }
 
-    async fn reserve(&self, order: &Order) -> Result<Arc<Instance>> {
+    async fn reserve(&self, order: &Order, extra_nics: Vec<ExtraNic>) -> Result<Arc<Instance>> {
         let lease = match order.request.lease {
             Some(seconds) => Some(leases::expiry((self.parts.clock)(), seconds)?),
             None => None,
@@ -79,6 +80,7 @@ impl Service {
         let spec = Spec {
             disk_in_memory: order.request.disk_in_memory,
             timezone: order.request.timezone.clone(),
+            extra_nics,
             ..Spec::new(
                 wanted.cpus,
                 wanted.memory,
@@ -103,6 +105,7 @@ impl Service {
             .parts
             .state
             .run(move |tx| {
+                state::instances::macs_are_free(tx, &spec.extra_nics)?;
                 let taken = state::instances::taken(tx)?;
                 let name = match wanted {
                     Some(name) => name,

@@ -13,7 +13,7 @@ use pileus_instances::machine::{BOOT_TIMEOUT, SHUTDOWN_TIMEOUT};
 
 use super::admission::Start;
 use super::registry::Instance;
-use super::{Service, convert};
+use super::{Service, convert, extra_nics};
 use crate::state;
 use crate::state::instances::Stage;
 
@@ -128,7 +128,8 @@ impl Service {
             .begin(OperationKind::Restart, name, |report| async move {
                 let _turn = instance.usable_turn(&report).await?;
                 let machine = instance.machine()?.clone();
-                let waits = instance.row().spec.pending != Pending::default();
+                let row = instance.row();
+                let waits = row.spec.pending != Pending::default() || extra_nics::are_pending(&row);
                 if waits && machine.snapshot().state == InstanceState::Running {
                     machine
                         .stop(false, SHUTDOWN_TIMEOUT, report.clone())

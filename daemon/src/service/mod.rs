@@ -11,6 +11,7 @@ mod archive_manifest;
 mod clone;
 mod console;
 mod convert;
+mod extra_nics;
 mod fork;
 mod given;
 mod guest;

@@ -82,6 +82,10 @@ impl Service {
             let own = order.given.network_config.is_some();
             own.then(|| "a network configuration needs a boot".to_owned())
         });
+        let obstacle = obstacle.or_else(|| {
+            let more = !order.request.networks.is_empty();
+            more.then(|| "further networks need a boot".to_owned())
+        });
         let small = order.disk.is_some_and(|disk| disk < template.key.disk);
         let obstacle = obstacle.or_else(|| {
             small.then(|| format!("the template's disk is larger ({})", template.key.disk))

@@ -20,6 +20,7 @@ use tokio::sync::Mutex;
 use super::Mode;
 use super::registry::Instance;
 use crate::state::instances::InstanceRow;
+pub use crate::state::instances::random_mac;
 
 /// The first of the user ids that QEMUs run as, one an instance. No entry in /etc/passwd is needed;
 /// systemd's documentation keeps this range free of containers and services.
@@ -91,6 +92,7 @@ pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Setup {
         folder: layout.instance(row.id),
         run: layout.instance_run(row.id),
         mac: row.mac,
+        extra_nics: row.spec.extra_nics.iter().map(|nic| nic.mac).collect(),
         address: row.address,
     }
 }
@@ -158,6 +160,19 @@ impl Wiring for HostWiring {
 
     fn plug(&self) -> Later<'_, Result<OwnedFd>> {
         Box::pin(async { self.network().attach(&self.nic()).await })
+    }
+
+    fn plug_extra(&self, number: usize, mac: Mac) -> Later<'_, Result<Option<OwnedFd>>> {
+        Box::pin(async move {
+            let row = self.instance.upgrade().map(|instance| instance.row());
+            let nics = row.map_or(Vec::new(), |row| row.spec.extra_nics);
+            let Some(nic) = nics.into_iter().find(|nic| nic.mac == mac) else {
+                return Ok(None);
+            };
+            let ifname = format!("pil{}x{number}", self.slot);
+            let tap = self.network().attach_extra(&ifname, &nic.network).await?;
+            Ok(Some(tap))
+        })
     }
 
     fn unplug(&self) -> Later<'_, ()> {
@@ -234,12 +249,6 @@ pub fn confinement(mode: &Mode, slot: u32, accelerator: Accelerator) -> Option<C
 fn kvm_group() -> Option<u32> {
     use std::os::unix::fs::MetadataExt;
     std::fs::metadata("/dev/kvm").ok().map(|meta| meta.gid())
-}
-
-/// A MAC address in QEMU's range that nobody else has.
-pub fn random_mac() -> Mac {
-    let [a, b, c, ..] = uuid::Uuid::new_v4().into_bytes();
-    Mac([0x52, 0x54, 0, a, b, c])
 }
 
 /// For errors that only a bug can cause.

@@ -71,6 +71,25 @@ pub struct Spec {
     /// The snapshot that it stands on.
     #[serde(default)]
     pub head: Option<Uuid>,
+    /// Cards in the host's networks, besides the one in ours.
+    #[serde(default)]
+    pub extra_nics: Vec<ExtraNic>,
+}
+
+/// A card in a network of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExtraNic {
+    /// The host's name of the bridge, or of a card in one.
+    pub network: String,
+    pub mac: Mac,
+    /// The guest asks for an address.
+    pub auto: bool,
+}
+
+/// A MAC address in QEMU's range that nobody else has.
+pub fn random_mac() -> Mac {
+    let [a, b, c, ..] = Uuid::new_v4().into_bytes();
+    Mac([0x52, 0x54, 0, a, b, c])
 }
 
 /// An instance as it was: a record, and layers that are never written.
@@ -118,10 +137,12 @@ impl Spec {
             snapshots_taken: 0,
             clones_made: 0,
             head: None,
+            extra_nics: Vec::new(),
         }
     }
 
-    /// The same hardware and settings for another instance, without this one's life.
+    /// The same hardware and settings for another instance, without this one's life. No two cards have
+    /// one address.
     pub fn for_another(&self) -> Self {
         Self {
             image: self.image.clone(),
@@ -130,7 +151,17 @@ impl Spec {
             autostart: self.autostart,
             on_crash: self.on_crash,
             timezone: self.timezone.clone(),
+            extra_nics: self.extra_nics.iter().map(ExtraNic::for_another).collect(),
             ..Self::new(self.cpus, self.memory, self.disk)
+        }
+    }
+}
+
+impl ExtraNic {
+    fn for_another(&self) -> Self {
+        Self {
+            mac: random_mac(),
+            ..self.clone()
         }
     }
 }
@@ -255,6 +286,29 @@ pub fn name_is_free(tx: &Transaction<'_>, id: Uuid, name: &InstanceName) -> Resu
             "Choose another name with --name, or delete that one with `pileus delete --purge`.",
         )),
     }
+}
+
+/// Refuses a card whose MAC address another instance's has.
+pub fn macs_are_free(tx: &Transaction<'_>, nics: &[ExtraNic]) -> Result<()> {
+    if nics.is_empty() {
+        return Ok(());
+    }
+    for row in all(tx)?.0 {
+        let theirs = row.spec.extra_nics.iter().map(|nic| nic.mac);
+        for mac in theirs.chain([row.mac]) {
+            if nics.iter().any(|nic| nic.mac == mac) {
+                return Err(Error::new(
+                    Code::InvalidArgument,
+                    format!(
+                        "The MAC address {mac} is already used by instance '{}'",
+                        row.name
+                    ),
+                )
+                .advise("Choose another one, or none: then it is a random one."));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Adds a new instance; its name, address, MAC and slot must be free.
@@ -472,6 +526,32 @@ pub(crate) mod tests {
         let clash = row("FOO", 2);
         let err = state.run(move |tx| insert(tx, &clash)).await.unwrap_err();
         assert_eq!(err.code, Code::InstanceExists);
+    }
+
+    #[tokio::test]
+    async fn cards_have_addresses_of_their_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::open(&dir.path().join("a.db")).unwrap();
+        let mut one = row("foo", 1);
+        let nic = |last| ExtraNic {
+            network: "br0".into(),
+            mac: Mac([0x52, 0x54, 0, 1, 1, last]),
+            auto: true,
+        };
+        one.spec.extra_nics = vec![nic(1), nic(2)];
+        let other = one.spec.for_another();
+        assert_eq!(other.extra_nics.len(), 2);
+        for (ours, theirs) in one.spec.extra_nics.iter().zip(&other.extra_nics) {
+            assert_eq!(ours.network, theirs.network);
+            assert_ne!(ours.mac, theirs.mac);
+        }
+        let first = one.mac;
+        state.run(move |tx| insert(tx, &one)).await.unwrap();
+        for (mac, free) in [(nic(1).mac, false), (first, false), (nic(3).mac, true)] {
+            let wanted = [ExtraNic { mac, ..nic(0) }];
+            let checked = state.run(move |tx| macs_are_free(tx, &wanted)).await;
+            assert_eq!(checked.is_ok(), free, "{mac}");
+        }
     }
 
     #[tokio::test]

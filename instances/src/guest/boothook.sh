@@ -67,6 +67,27 @@ if [ -n "$login" ] && ! getent passwd "$login" >/dev/null && ! getent passwd 100
     useradd -m -u 1000 -U -s /bin/bash -c "$gecos" ${groups:+-G "$groups"} "$login" || :
 fi
 
+# cloud-init sets up the cards of a first boot; one that came later is for us.
+plan=/etc/netplan/60-pileus-later.yaml
+later=
+for mac in @EXTRA@; do
+    grep -qsi "$mac" /etc/netplan/50-cloud-init.yaml || later="$later $mac"
+done
+if [ -n "$later" ] && command -v netplan >/dev/null; then
+    number=0
+    {
+        echo 'network: {version: 2, ethernets: {'
+        for mac in $later; do
+            number=$((number + 1))
+            echo "later$number: {match: {macaddress: \"$mac\"}, dhcp4: true, optional: true," \
+                "dhcp4-overrides: {route-metric: 200, use-hostname: false}},"
+        done
+        echo '}}'
+    } | put 600 "$plan" && systemd-run --no-block --collect netplan apply
+else
+    rm -f "$plan"
+fi
+
 # cloud-init runs for a clone whose agent is at work already.
 [ -e /run/pileus/keep-agent ] && exit 0
 

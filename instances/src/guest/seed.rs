@@ -244,9 +244,18 @@ fn boothook(spec: &SeedSpec<'_>) -> Result<String> {
         Some(_) => LOGIN_USER,
         None => "",
     };
+    let mut extra = Vec::new();
+    if spec.network_config.is_none() {
+        for nic in spec.nics.iter().skip(1) {
+            check_mac(&nic.mac)?;
+            extra.push(nic.mac.as_str());
+        }
+    }
+    let extra = extra.join(" ");
     let mut script = BOOTHOOK.to_owned();
     for (mark, text) in [
         ("@LOGIN@", login),
+        ("@EXTRA@", &extra),
         ("@INSTANCE@", spec.instance_id),
         ("@AGENT@", AGENT_PY),
         ("@CLONE@", CLONE_PY),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pileus_api::{CloudInit, GuestReport, Timestamp};
 use pileus_base::process::ProcessId;
-use pileus_base::{InstanceName, Reporter, Result, Size};
+use pileus_base::{InstanceName, Mac, Reporter, Result, Size};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -115,6 +115,9 @@ pub struct Saved {
     /// How the machine was booted: the ROMs differ.
     pub firmware_boot: bool,
 }
+    /// Its cards besides the first one.
+    #[serde(default)]
+    pub extra_nics: Vec<Mac>,
 
 /// Where a saved machine lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

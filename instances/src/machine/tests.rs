@@ -50,6 +50,7 @@ fn saved() -> Saved {
         cpus: 1,
         memory: Size::gib(1),
         firmware_boot: false,
+        extra_nics: Vec::new(),
     }
 }
 

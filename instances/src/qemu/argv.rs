@@ -11,7 +11,7 @@
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use pileus_base::Result;
+use pileus_base::{Mac, Result};
 
 use super::spec::{
     AGENT_PORT, Accelerator, Boot, MachineSpec, Memory, Nic, Port, SSH_PORTS, ssh_port,
@@ -19,6 +19,22 @@ use super::spec::{
 
 /// Version of the machine that the guest sees. A state saved with another one is never restored.
 pub const LAYOUT: u32 = 1;
+
+/// The ids of further NICs begin so; a number from 1 on follows.
+const EXTRA_NIC: &str = "nic";
+
+/// The further NICs on a command line that was made here, in their order.
+pub fn extra_nics(args: &[String]) -> Vec<Mac> {
+    let options = args.iter().map(|arg| arg.split(',').collect::<Vec<_>>());
+    let nics = options.filter(|words| words[0] == "virtio-net-pci");
+    nics.filter_map(|words| {
+        let value = |key: &str| words.iter().find_map(|word| word.strip_prefix(key));
+        let number: u8 = value("id=")?.strip_prefix(EXTRA_NIC)?.parse().ok()?;
+        let mac = value("mac=")?.parse().ok()?;
+        (number > 0).then_some(mac)
+    })
+    .collect()
+}
 
 /// Something that QEMU inherits as a descriptor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,7 +45,7 @@ pub enum What {
     Append(PathBuf),
     /// A Unix socket, bound and listening.
     Listen(PathBuf),
-    /// The tap of the first NIC.
+    /// The tap of the next NIC.
     Tap,
     /// A tap that leads nowhere.
     LooseTap,
@@ -61,6 +77,7 @@ pub fn arguments(
     line.console_and_ports(spec)?;
     line.small_devices();
     line.nic(spec)?;
+    line.extra_nics(spec)?;
     line.boot(&spec.boot)?;
     line.incoming(spec);
     Ok(line.args)
@@ -315,15 +332,24 @@ impl Builder<'_> {
             Nic::Tap(mac) => (mac, What::Tap),
             Nic::Disconnected(mac) => (mac, What::LooseTap),
         };
+        self.one_nic("nic0", mac, Port::Nic, tap)
+    }
+
+    fn extra_nics(&mut self, spec: &MachineSpec) -> Result<()> {
+        for (n, mac) in (0..Port::SPARE).zip(&spec.extra_nics) {
+            let id = format!("{EXTRA_NIC}{}", n + 1);
+            self.one_nic(&id, *mac, Port::Spare(n), What::Tap)?;
+        }
+        Ok(())
+    }
+
+    fn one_nic(&mut self, id: &str, mac: Mac, port: Port, tap: What) -> Result<()> {
         let fd = (self.hand)(tap)?;
-        self.option("-netdev", format!("tap,id=nic0,fd={fd},vhost=off"));
+        self.option("-netdev", format!("tap,id={id},fd={fd},vhost=off"));
         // No boot ROM: nobody boots from the network, and the firmware is faster without.
         self.option(
             "-device",
-            format!(
-                "virtio-net-pci,id=nic0,netdev=nic0,mac={mac},bus={},romfile=",
-                Port::Nic
-            ),
+            format!("virtio-net-pci,id={id},netdev={id},mac={mac},bus={port},romfile="),
         );
         Ok(())
     }
@@ -383,6 +409,7 @@ mod tests {
                 cmdline: "root=LABEL=cloudimg-rootfs ro console=ttyS0".into(),
             },
             nic: Nic::Tap("52:54:00:00:00:01".parse().unwrap()),
+            extra_nics: Vec::new(),
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: false,
@@ -471,6 +498,21 @@ mod tests {
             ..spec()
         };
         insta::assert_snapshot!(differences(&spec));
+    }
+
+    #[test]
+    fn further_nics_are_on_spare_ports_and_read_back() {
+        let macs = ["52:54:00:00:00:02", "52:54:00:00:00:03"].map(|mac| mac.parse().unwrap());
+        let mut spec = MachineSpec {
+            extra_nics: macs.to_vec(),
+            ..spec()
+        };
+        insta::assert_snapshot!(differences(&spec));
+        let (args, fds) = line(&spec).unwrap();
+        assert_eq!(extra_nics(&args), macs);
+        assert_eq!(fds.iter().filter(|what| **what == What::Tap).count(), 3);
+        spec.extra_nics = vec![macs[0]; usize::from(Port::SPARE) + 1];
+        assert!(line(&spec).is_err());
     }
 
     /// What is more (`+`) and less (`-`) than in the usual command line, without the numbers of

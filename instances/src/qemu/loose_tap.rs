@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use pileus_base::{Code, Error, Result};
 
 /// Needs the right to make a network namespace, as the daemon has it. Blocking, about a millisecond.
-pub(super) fn make() -> Result<OwnedFd> {
+pub(crate) fn make() -> Result<OwnedFd> {
     // A namespace belongs to a thread here, so the thread is used for nothing else.
     let made = std::thread::Builder::new()
         .name("loose-tap".into())

@@ -25,7 +25,9 @@ pub mod saved;
 pub mod spec;
 pub mod vm;
 
+pub use argv::extra_nics;
 pub use host::Qemu;
+pub(crate) use loose_tap::make as loose_tap;
 pub use pileus_base::Mac;
 pub use process::{Confinement, Exit};
 pub use saved::Stream;

@@ -56,7 +56,7 @@ impl std::fmt::Display for Exit {
 pub fn spawn(
     program: &Path,
     spec: &MachineSpec,
-    mut tap: Option<OwnedFd>,
+    taps: Vec<OwnedFd>,
     confinement: Option<&Confinement>,
 ) -> Result<ProcessId> {
     let paths = &spec.paths;
@@ -68,8 +68,9 @@ pub fn spawn(
     let pid_file = File::create(paths.pid_file())
         .io(format_args!("Creating {}", paths.pid_file().display()))?;
     let mut fds: Vec<OwnedFd> = Vec::new();
+    let mut taps = taps.into_iter();
     let args = argv::arguments(spec, &mut |what| {
-        let fd = open(what, &mut tap)?;
+        let fd = open(what, &mut taps)?;
         let number = fd.as_raw_fd();
         fds.push(fd);
         Ok(number)
@@ -222,7 +223,7 @@ fn write_pid(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-fn open(what: What, tap: &mut Option<OwnedFd>) -> Result<OwnedFd> {
+fn open(what: What, taps: &mut impl Iterator<Item = OwnedFd>) -> Result<OwnedFd> {
     let file = |path: &Path, options: &OpenOptions| {
         let file = options.open(path);
         file.io(format_args!("Opening {}", path.display()))
@@ -232,8 +233,8 @@ fn open(what: What, tap: &mut Option<OwnedFd>) -> Result<OwnedFd> {
         What::ReadWrite(path) => file(&path, OpenOptions::new().read(true).write(true))?.into(),
         What::Append(path) => append(&path)?.into(),
         What::Listen(path) => listen(&path)?.into(),
-        What::Tap => tap
-            .take()
+        What::Tap => taps
+            .next()
             .ok_or_else(|| Error::internal("The machine has a NIC but was given no tap"))?,
         What::LooseTap => super::loose_tap::make()?,
         What::Memory { path, write } => {

@@ -52,7 +52,7 @@ impl FromStr for AcceleratorChoice {
     }
 }
 
-/// Everything that makes a machine, except the open tap of its NIC.
+/// Everything that makes a machine, except the open taps of its NICs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineSpec {
     pub name: InstanceName,
@@ -71,6 +71,10 @@ pub struct MachineSpec {
     pub seed: Option<PathBuf>,
     pub boot: Boot,
     pub nic: Nic,
+    /// Further NICs `nic1`, `nic2` … on the spare ports from the first on. Their taps are given to
+    /// `Vm::start` behind that of the first NIC.
+    #[serde(default)]
+    pub extra_nics: Vec<Mac>,
     /// The machine waits for a saved state (`Vm::restore`), and then to be resumed.
     pub incoming: bool,
     /// QEMU is killed when this process ends, however it ends: the machine belongs to no instance.
@@ -238,6 +242,12 @@ impl MachineSpec {
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
         if self.machine_type.is_empty() || !self.machine_type.bytes().all(plain) {
             return bad(format!("{:?} is no machine type", self.machine_type));
+        }
+        if self.extra_nics.len() > usize::from(Port::SPARE) {
+            return bad(format!(
+                "A machine can't have {} further NICs",
+                self.extra_nics.len()
+            ));
         }
         if self.disk.layers.is_empty() {
             return Err(Error::internal("A machine's disk has no layer to write to"));

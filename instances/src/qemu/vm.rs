@@ -122,11 +122,11 @@ impl Drop for Starting {
 
 impl Vm {
     /// Starts a machine; returns when QEMU answers. If it fails, or the caller goes away meanwhile,
-    /// no process stays behind. `tap` is given if and only if the machine has a NIC.
+    /// no process stays behind. `taps`: one for each NIC of the machine, in their order.
     pub async fn start(
         qemu: &Qemu,
         spec: &MachineSpec,
-        tap: Option<OwnedFd>,
+        taps: Vec<OwnedFd>,
         confinement: Option<Confinement>,
     ) -> Result<(Self, broadcast::Receiver<VmEvent>)> {
         let paths = spec.paths.clone();
@@ -141,7 +141,7 @@ impl Vm {
             let spec = spec.clone();
             tokio::task::spawn_blocking(move || {
                 files::create_folder(&spec.paths.run, 0o700)?;
-                let process = process::spawn(&program, &spec, tap, confinement.as_ref())?;
+                let process = process::spawn(&program, &spec, taps, confinement.as_ref())?;
                 Ok::<_, Error>(Starting {
                     process,
                     kept: false,

@@ -102,6 +102,7 @@ pub fn make(folder: &Path, qemu: &Qemu) -> MachineSpec {
         seed: None,
         boot: Boot::Firmware,
         nic: Nic::None,
+        extra_nics: Vec::new(),
         ram: Memory::Private,
         incoming: false,
         ends_with_daemon: false,
@@ -129,7 +130,9 @@ pub async fn event(
 }
 
 pub async fn start(qemu: &Qemu, machine: &Machine) -> (Vm, Receiver<VmEvent>) {
-    Vm::start(qemu, &machine.spec, None, None).await.unwrap()
+    Vm::start(qemu, &machine.spec, Vec::new(), None)
+        .await
+        .unwrap()
 }
 
 /// A tap in a network namespace of its own, so that nothing of it reaches the host.

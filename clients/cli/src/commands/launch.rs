@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use pileus_api::{
-    Blob, Code, Digest, InstanceName, LaunchRequest, Operation, OperationEvent, OperationState,
-    Phase, Size, Warm,
+    Blob, Code, Digest, InstanceName, LaunchNetwork, LaunchRequest, NetworkMode, Operation,
+    OperationEvent, OperationState, Phase, Size, Warm,
 };
 use pileus_base::Error;
 use pileus_client::Client;
@@ -29,7 +29,8 @@ Examples:
   pileus launch                                   the default image, a random name
   pileus launch debian-13 -n web -c 2 -m 2G -d 10G
   pileus launch ./disk.qcow2 --checksum sha256:…   an image of your own
-  pileus launch -n ci --cloud-init setup.yaml")]
+  pileus launch -n ci --cloud-init setup.yaml
+  pileus launch --network br0                     a second card, in the host's bridge br0")]
 pub struct Args {
     /// An image's name (see pileus find), file, address or digest; the default image if not given
     #[arg(value_name = "IMAGE", add = complete::images())]
@@ -55,6 +56,9 @@ pub struct Args {
     /// User data for cloud-init: a file, an address, or - for standard input
     #[arg(long, value_name = "FILE|URL|-")]
     pub cloud_init: Option<String>,
+    /// Network configuration for cloud-init instead of pileus's own: a file, or - for standard input
+    #[arg(long, value_name = "FILE|-")]
+    pub network_config: Option<String>,
     /// What the image's file must hash to, sha256:…
     #[arg(long, value_name = "DIGEST")]
     pub checksum: Option<String>,
@@ -67,10 +71,10 @@ pub struct Args {
     /// Wait until the instance has initialized itself (it is what happens anyway)
     #[arg(long, hide = true, conflicts_with = "no_wait")]
     pub wait: bool,
-    /// Connect to a network of the host (not there yet)
+    /// Connect to a network of the host as well: name=NAME[,mode=auto|manual][,mac=MAC], or NAME
     #[arg(long, value_name = "SPEC")]
     pub network: Vec<String>,
-    /// Connect to the network of local.bridged-network (not there yet)
+    /// Connect to the network of local.bridged-network as well
     #[arg(long)]
     pub bridged: bool,
     /// Mount a local folder (not there yet)
@@ -84,12 +88,19 @@ pub struct Args {
     pub cold: bool,
 }
 
-pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
+/// What Multipass launches if no image is named.
+const MULTIPASS_IMAGE: &str = "lts";
+
+pub(crate) async fn run(context: &Context, mut args: Args) -> Outcome {
     not_there_yet(&args)?;
+    if context.multipass() {
+        args.image.get_or_insert_with(|| MULTIPASS_IMAGE.to_owned());
+    }
     let request = request(&args, &context.env.current_folder).await?;
     let client = context.client().await?;
     let mut signals = Signals::to_end().map_err(|err| Error::io("Listening to signals", err))?;
-    let operation = client.launch(&request).await?;
+    let operation = client.launch(&request).await;
+    let operation = operation.map_err(|err| refused(context, err))?;
     let name = operation.target.clone();
     if args.no_wait {
         return context.print(&format!("Launching: {name}\n"));
@@ -179,18 +190,9 @@ pub(crate) fn interrupted(signal: u8, message: &str) -> CommandError {
 /// Refuses what is in the grammar for the sake of scripts and has no meaning yet: an instance without
 /// the network or the mount that was asked for would be a surprise.
 fn not_there_yet(args: &Args) -> Result<(), CommandError> {
-    for network in &args.network {
-        network_spec(network)?;
-    }
     for mount in &args.mount {
         let source = mount.split(':').next().unwrap_or_default();
         crate::commands::mount::source(source)?;
-    }
-    if args.bridged || !args.network.is_empty() {
-        let text = "Networks of the host can not be given to instances in this version";
-        return Err(Error::new(Code::InvalidArgument, text)
-            .advise("Leave --network and --bridged out: every instance has its own network.")
-            .into());
     }
     if !args.mount.is_empty() {
         return Err(crate::commands::mount::not_yet());
@@ -199,27 +201,50 @@ fn not_there_yet(args: &Args) -> Result<(), CommandError> {
 }
 
 /// `NAME`, or `name=NAME[,mode=auto|manual][,mac=MAC]`.
-fn network_spec(text: &str) -> Result<(), CommandError> {
+fn network_spec(text: &str) -> Result<LaunchNetwork, CommandError> {
     let bad = |why: String| Err(CommandError::usage(format!("error: {why}")));
+    let mut network = LaunchNetwork {
+        name: String::new(),
+        mode: NetworkMode::Auto,
+        mac: None,
+    };
     if !text.contains('=') {
+        text.clone_into(&mut network.name);
         return match text {
             "" => bad("a network needs a name".to_owned()),
-            _ => Ok(()),
+            _ => Ok(network),
         };
     }
-    let mut named = false;
     for part in text.split(',') {
         match part.split_once('=') {
-            Some(("name", name)) if !name.is_empty() => named = true,
-            Some(("mode", "auto" | "manual")) => {}
-            Some(("mac", mac)) if is_mac(mac) => {}
+            Some(("name", name)) if !name.is_empty() => name.clone_into(&mut network.name),
+            Some(("mode", "auto")) => network.mode = NetworkMode::Auto,
+            Some(("mode", "manual")) => network.mode = NetworkMode::Manual,
+            Some(("mac", mac)) if is_mac(mac) => network.mac = Some(mac.to_owned()),
             _ => return bad(format!("Bad network field: {part}")),
         }
     }
-    match named {
-        true => Ok(()),
-        false => bad("Bad network definition, need at least a 'name' field".to_owned()),
+    match network.name.is_empty() {
+        false => Ok(network),
+        true => bad("Bad network definition, need at least a 'name' field".to_owned()),
     }
+}
+
+/// The networks of the options, the one of `--bridged` last.
+fn networks(args: &Args) -> Result<Vec<LaunchNetwork>, CommandError> {
+    let given = args.network.iter().map(String::as_str);
+    let bridged = args.bridged.then_some("bridged");
+    given.chain(bridged).map(network_spec).collect()
+}
+
+/// The daemon's refusal of a launch, as it is known under the name `multipass`.
+fn refused(context: &Context, err: Error) -> CommandError {
+    let network = matches!(err.code, Code::NetworkNotFound | Code::NetworkFailed);
+    if !context.multipass() || !network || err.message.contains("bridged") {
+        return err.into();
+    }
+    let message = &err.message;
+    CommandError::invalid(format!("Invalid network options. {message}."))
 }
 
 fn is_mac(text: &str) -> bool {
@@ -231,8 +256,15 @@ fn is_mac(text: &str) -> bool {
 /// Reads the options and the user data that they name.
 pub(crate) async fn request(args: &Args, folder: &Path) -> Result<LaunchRequest, CommandError> {
     let mut request = options(args, folder)?;
+    if args.cloud_init.as_deref() == Some("-") && args.network_config.as_deref() == Some("-") {
+        let text = "error: --cloud-init and --network-config can't both be standard input";
+        return Err(CommandError::usage(text));
+    }
     if let Some(source) = &args.cloud_init {
         request.user_data = Some(Blob(cloud_init::read(source).await?));
+    }
+    if let Some(source) = &args.network_config {
+        request.network_config = Some(Blob(cloud_init::read_network(source).await?));
     }
     request.timezone = time_zone();
     Ok(request)
@@ -264,6 +296,7 @@ fn options(args: &Args, folder: &Path) -> Result<LaunchRequest, CommandError> {
             .as_deref()
             .map(|text| size("disk", text, MIN_DISK))
             .transpose()?,
+        networks: networks(args)?,
         timeout: several::timeout(args.timeout.as_deref())?,
         warm: match (args.warm, args.cold) {
             (true, _) => Some(Warm::Require),
@@ -413,6 +446,25 @@ mod tests {
         ] {
             assert!(network_spec(good).is_ok(), "{good}");
         }
+        let request = read(|args| {
+            args.network = vec![
+                "mode=manual,name=br0,mac=52:54:00:aB:cd:ef".into(),
+                "br1".into(),
+            ];
+            args.bridged = true;
+        });
+        let networks = request.unwrap().networks;
+        let network = |name: &str| LaunchNetwork {
+            name: name.into(),
+            mode: NetworkMode::Auto,
+            mac: None,
+        };
+        let manual = LaunchNetwork {
+            mode: NetworkMode::Manual,
+            mac: Some("52:54:00:aB:cd:ef".into()),
+            ..network("br0")
+        };
+        assert_eq!(networks, [manual, network("br1"), network("bridged")]);
         for bad in [
             "",
             "name=",

@@ -42,6 +42,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
     let client = context.client().await?;
     if context.multipass() {
         may_be_set(&client, key).await?;
+        stays_bridged(&client, key, &value).await?;
     }
     let answer = client.set(key, &value).await;
     answer.map_err(|err| get::explained(context, key, Some(&value), err))?;
@@ -116,6 +117,21 @@ async fn may_be_set(client: &Client, key: &str) -> Result<(), CommandError> {
         ),
         Ok(_) => Ok(()),
     }
+}
+
+/// Multipass gives an instance a card in the bridged network, and never takes it away.
+async fn stays_bridged(client: &Client, key: &str, value: &str) -> Result<(), CommandError> {
+    let no = matches!(
+        value.to_ascii_lowercase().as_str(),
+        "false" | "off" | "no" | "0"
+    );
+    let instance = key.starts_with("local.") && key.ends_with(".bridged");
+    if !no || !instance || client.setting(key).await?.value != "true" {
+        return Ok(());
+    }
+    let why = "Removing the bridged network is currently not supported";
+    let text = format!("Invalid setting '{key}={value}': {why}");
+    Err(Error::new(Code::InvalidSetting, text).into())
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 //! `multipass`.
 
 use pileus_api::{
-    Autostart, CloudInitStatus, Instance, OnCrash, Origin, Pending, Phase, PhaseTime, Size,
+    Autostart, CloudInitStatus, Instance, InstanceNetwork, NetworkMode, OnCrash, Origin, Pending,
+    Phase, PhaseTime, Size,
 };
 
 use super::node::Node;
@@ -22,6 +23,13 @@ pub(super) fn lines(instance: &Instance, line: &mut impl FnMut(&str, &str)) {
     }
     if let Some(time) = &instance.shutdown_at {
         line("Shuts down", &format!("at {}", seconds(*time)));
+    }
+    if !instance.networks.is_empty() {
+        let networks = instance.networks.iter().map(network_text);
+        line(
+            "Networks",
+            &networks.collect::<Vec<_>>().join(&format!("\n{:16}", "")),
+        );
     }
     if instance.autostart != Autostart::default() {
         line("Autostart", autostart_word(instance.autostart));
@@ -49,6 +57,26 @@ pub(super) fn lines(instance: &Instance, line: &mut impl FnMut(&str, &str)) {
             &phases_text(&instance.phases),
         );
     }
+}
+
+fn network_text(network: &InstanceNetwork) -> String {
+    let manual = match network.mode {
+        NetworkMode::Auto => "",
+        NetworkMode::Manual => ", manual",
+    };
+    format!("{} ({}{manual})", network.name, network.mac)
+}
+
+fn network_node(network: &InstanceNetwork) -> Node {
+    let mode = match network.mode {
+        NetworkMode::Auto => "auto",
+        NetworkMode::Manual => "manual",
+    };
+    Node::map([
+        ("name", Node::text(&network.name)),
+        ("mode", Node::text(mode)),
+        ("mac", Node::text(&network.mac)),
+    ])
 }
 
 fn pending_text(pending: &Pending) -> String {
@@ -166,6 +194,10 @@ pub(super) fn fields(instance: &Instance) -> Vec<(&'static str, Node)> {
         ("memory_size", Node::Int(instance.memory.bytes())),
         ("disk_size", Node::Int(instance.disk.bytes())),
         ("mac", Node::text(&instance.mac)),
+        (
+            "networks",
+            Node::List(instance.networks.iter().map(network_node).collect()),
+        ),
         ("created", Node::text(instance.created_at.to_string())),
         (
             "started",

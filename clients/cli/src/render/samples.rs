@@ -40,6 +40,11 @@ pub fn instances() -> Vec<Instance> {
         memory: Size::gib(1),
         disk: Size::gib(5),
         mac: "52:54:00:01:02:03".into(),
+        networks: vec![pileus_api::InstanceNetwork {
+            name: "br0".into(),
+            mode: pileus_api::NetworkMode::Auto,
+            mac: "52:54:00:01:02:04".into(),
+        }],
         ipv4: vec!["10.1.2.3".parse().unwrap(), "192.168.5.6".parse().unwrap()],
         created_at: time("2026-11-21T20:00:00Z"),
         started_at: Some(time("2026-11-21T20:00:10Z")),
@@ -86,6 +91,7 @@ pub fn instances() -> Vec<Instance> {
         state: InstanceState::Stopped,
         snapshots: 0,
         ipv4: vec![],
+        networks: vec![],
         started_at: None,
         origin: Origin::Cold {
             reason: Some("no template for 3 CPUs".into()),

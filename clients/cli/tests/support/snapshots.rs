@@ -1,11 +1,11 @@
 //! Snapshots as the daemon of the tests plays them, and what else is asked of it seldom.
 
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use pileus_api::{Code, ErrorReply, OperationKind};
+use pileus_api::{CatalogQuery, Code, ErrorReply, OperationKind};
 use pileus_base::Error;
 
 use super::{App, begin, missing, new_operation};
@@ -101,8 +101,30 @@ async fn on_snapshot(
     }
 }
 
-async fn catalog(State(app): State<App>) -> Json<Vec<serde_json::Value>> {
-    Json(app.script.lock().unwrap().catalog.clone())
+/// An exact name only; what was asked is kept as a body.
+async fn catalog(State(app): State<App>, Query(query): Query<CatalogQuery>) -> Response {
+    let mut script = app.script.lock().unwrap();
+    let asked = serde_json::to_value(&query).unwrap();
+    script.bodies.push(("GET /v1/catalog".to_owned(), asked));
+    if let Some(error) = script.end.clone() {
+        return (StatusCode::BAD_GATEWAY, Json(ErrorReply { error })).into_response();
+    }
+    let mut found = script.catalog.clone();
+    let name = query.search.unwrap_or_default();
+    if name.is_empty() {
+        return Json(found).into_response();
+    }
+    found.retain(|entry| entry["name"] == name);
+    if found.is_empty() {
+        let text = format!("Unable to find an image matching \"{name}\".");
+        let error = Error::new(Code::ImageNotFound, text).into();
+        return (StatusCode::NOT_FOUND, Json(ErrorReply { error })).into_response();
+    }
+    for entry in &mut found {
+        entry["aliases"] = serde_json::json!([]);
+        entry["remote"] = "".into();
+    }
+    Json(found).into_response()
 }
 
 async fn authenticate(Json(request): Json<serde_json::Value>) -> Response {

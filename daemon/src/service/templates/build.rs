@@ -225,6 +225,7 @@ impl Service {
             folder: stage.path().to_owned(),
             run: self.parts.layout.instance_run(id),
             mac: Mac([0; 6]),
+            extra_nics: Vec::new(),
             address: std::net::Ipv4Addr::UNSPECIFIED,
             ends_with_daemon: true,
             machine_id: None,
@@ -272,6 +273,10 @@ impl Wiring for Unplugged {
 
     fn plug(&self) -> Later<'_, Result<OwnedFd>> {
         Box::pin(async { Err(Error::internal("A template has no NIC")) })
+    }
+
+    fn plug_extra(&self, _number: usize, _mac: Mac) -> Later<'_, Result<Option<OwnedFd>>> {
+        Box::pin(async { Ok(None) })
     }
 
     fn unplug(&self) -> Later<'_, ()> {
