@@ -210,11 +210,11 @@ impl QemuDriver {
         spec.machine_type.clone_from(&saved.machine_type);
         spec.cpus = saved.cpus;
         spec.memory = saved.memory;
+        spec.extra_nics.clone_from(&saved.extra_nics);
         spec.incoming = true;
         Ok(spec)
     }
 
-        spec.extra_nics.clone_from(&saved.extra_nics);
     /// What is to be known of a machine that runs now and was written.
     fn saved_now(
         &self,
@@ -245,11 +245,11 @@ impl QemuDriver {
             accelerator,
             cpus: setup.cpus,
             memory: setup.memory,
+            extra_nics: qemu::extra_nics(&running),
             firmware_boot: !running.iter().any(|arg| arg == "-kernel"),
         })
     }
 
-            extra_nics: qemu::extra_nics(&running),
     pub(crate) fn wiring(&self) -> &dyn Wiring {
         &*self.wiring
     }
@@ -268,10 +268,6 @@ impl QemuDriver {
         self.running(vm, events)
     }
 
-    /// Gives a restored machine its NIC.
-    pub(crate) async fn plug_nic(&self, vm: &RunningVm, tap: OwnedFd) -> Result<()> {
-        vm.vm.plug_nic("nic0", Port::Nic, self.setup.mac, tap).await
-    }
     /// The taps of a machine's NICs.
     async fn taps(&self, spec: &MachineSpec) -> Result<Vec<OwnedFd>> {
         let mut taps = vec![self.wiring.plug().await?];
@@ -285,6 +281,10 @@ impl QemuDriver {
         Ok(taps)
     }
 
+    /// Gives a restored machine its NIC.
+    pub(crate) async fn plug_nic(&self, vm: &RunningVm, tap: OwnedFd) -> Result<()> {
+        vm.vm.plug_nic("nic0", Port::Nic, self.setup.mac, tap).await
+    }
 
     fn running(
         &self,

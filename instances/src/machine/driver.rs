@@ -114,10 +114,10 @@ pub struct Saved {
     pub memory: Size,
     /// How the machine was booted: the ROMs differ.
     pub firmware_boot: bool,
-}
     /// Its cards besides the first one.
     #[serde(default)]
     pub extra_nics: Vec<Mac>,
+}
 
 /// Where a saved machine lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
