@@ -12,7 +12,8 @@ use std::sync::Arc;
 use pileus_base::{Digest, Error, Result, ResultExt, Size, files};
 use serde::{Deserialize, Serialize};
 
-use super::write::{Moved, digest_of};
+use super::member::Moved;
+use super::write::digest_of;
 use crate::image::{Draft, Image, ImageInfo};
 use crate::stage::Stage;
 use crate::store::Store;

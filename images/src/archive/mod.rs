@@ -13,6 +13,7 @@
 //! extents   a file's data by its zero blocks
 //! write     members → tar → zstd              stops when nobody reads
 //! read      zstd → tar → members              for archives that nobody trusts: an allow-list with budgets
+//! member    what both ways share: digests, blocks
 //! content   what an image consists of, and an image of the store out of an archive
 //! layer     a qcow2 layer's head without names of files, and with ours
 //! ```
@@ -26,6 +27,7 @@
 mod content;
 pub mod extents;
 pub mod layer;
+mod member;
 pub mod read;
 pub mod write;
 
@@ -35,39 +37,3 @@ pub use write::Writer;
 
 /// The last member.
 pub const DIGESTS: &str = "digests.json";
-
-/// A member's digest, as the module's page says.
-pub(crate) struct MemberHash {
-    hash: sha2::Sha256,
-    dense: bool,
-}
-
-impl MemberHash {
-    pub(crate) fn new(dense: bool) -> Self {
-        use sha2::Digest;
-        Self {
-            hash: sha2::Sha256::new(),
-            dense,
-        }
-    }
-
-    pub(crate) fn extent(&mut self, extent: extents::Extent) {
-        if !self.dense {
-            self.data(&extent.offset.to_be_bytes());
-            self.data(&extent.len.to_be_bytes());
-        }
-    }
-
-    pub(crate) fn data(&mut self, bytes: &[u8]) {
-        use sha2::Digest;
-        self.hash.update(bytes);
-    }
-
-    pub(crate) fn finish(mut self, size: u64) -> pileus_base::Digest {
-        use sha2::Digest;
-        if !self.dense {
-            self.data(&size.to_be_bytes());
-        }
-        pileus_base::Digest::from_bytes(self.hash.finalize().into())
-    }
-}

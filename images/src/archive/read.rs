@@ -10,9 +10,8 @@ use std::io::{self, BufReader, Read};
 use pileus_base::{Code, Digest, Error, Result};
 use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
 
-use super::MemberHash;
 use super::extents::{self, Extent};
-use super::write::{BLOCK, Moved};
+use super::member::{BLOCK, MemberHash, Moved};
 use crate::sparse::SparseWriter;
 
 /// 2^27 bytes: what a decoder may allocate for an archive, and what the ancestor's readers took.

@@ -7,13 +7,13 @@ use std::io::{self, Write};
 use pileus_base::{Code, Digest, Error, Result};
 use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
 
+use super::DIGESTS;
 use super::extents::{Extent, Source, is_dense};
-use super::{DIGESTS, MemberHash};
+use super::member::{BLOCK, MemberHash, Moved};
 
 /// The ancestor's level, and zstd's own default.
 const LEVEL: i32 = 3;
 const CHUNK: usize = 256 << 10;
-pub(super) const BLOCK: u64 = 512;
 /// A tar's length is a multiple of this.
 const RECORD: u64 = 10_240;
 
@@ -22,9 +22,6 @@ pub struct Writer<W: Write> {
     out: Counted<zstd::stream::write::Encoder<'static, W>>,
     digests: serde_json::Map<String, serde_json::Value>,
 }
-
-/// Told of each piece of data that was written, and able to end the work.
-pub type Moved<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
 
 impl<W: Write> Writer<W> {
     /// Compresses in threads of its own; how many makes no difference to the bytes.
