@@ -292,10 +292,11 @@ impl Walk {
             Write => {
                 self.written += 1;
                 let value = self.written;
+                // As root: what a user keeps there goes when that user's last session ends.
                 let script = format!(
                     "echo {value} > /var/tmp/n; echo {value} > /dev/shm/n; sync /var/tmp/n /var/tmp"
                 );
-                self.daemon.exec(self.name, &["sh", "-eu", "-c", &script]);
+                self.daemon.script(self.name, &script);
                 self.worlds = vec![World {
                     state: State::Running,
                     disk: value,

@@ -28,6 +28,8 @@ mod guest_run;
 mod guest_setup;
 mod guest_snapshots;
 mod guest_suspend;
+mod guest_user_data;
 mod guest_user_mode;
 mod guest_warm;
 mod guests;
+mod multipass;
