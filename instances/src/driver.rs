@@ -185,6 +185,10 @@ impl QemuDriver {
             return Ok(None);
         };
         let (vm, events) = qemu::Vm::adopt(process, &paths).await?;
+        // The daemon before may have ended while it saved the machine.
+        if let Err(err) = vm.wake().await {
+            tracing::error!(instance = %self.name(), %err, "it stands still");
+        }
         self.running(vm, events).map(Some)
     }
 
@@ -402,14 +406,14 @@ impl Driver for QemuDriver {
                 tracing::info!(instance = %self.name(), %err, "the guest did not flush its disks");
             }
             let began = Instant::now();
-            vm.vm.snapshot_disk(&freeze.layer).await?;
+            vm.vm.snapshot_disk(&freeze.layer, freeze.size).await?;
             return Ok(Frozen {
                 saved: None,
                 paused: began.elapsed(),
             });
         };
         let written = memory.try_clone().io("Saving a machine")?;
-        let (stream, paused) = vm.vm.freeze(&freeze.layer, memory).await?;
+        let (stream, paused) = vm.vm.freeze(&freeze.layer, freeze.size, memory).await?;
         Ok(Frozen {
             saved: Some(self.saved_now(vm, (file, &written), stream)?),
             paused,
@@ -493,9 +497,18 @@ impl Vm for RunningVm {
         self.vm.reset().await
     }
 
-    async fn resumed(&self) {
+    async fn resumed(&self, name: &InstanceName) {
         if let Err(err) = self.guest.resumed(RESUMED_BOUND).await {
-            tracing::warn!(%err, "the guest was not told that time has passed");
+            tracing::warn!(instance = %name, %err, "the guest was not told that time has passed");
+            return;
+        }
+        let hello = self.guest.agent().hello();
+        let other = hello
+            .borrow()
+            .as_ref()
+            .is_some_and(|hello| hello.hostname != name.as_str());
+        if other && let Err(err) = self.guest.rename(name, RESUMED_BOUND).await {
+            tracing::warn!(instance = %name, %err, "the guest was not told its name");
         }
     }
 

@@ -66,6 +66,12 @@ fn layer_on(path: &Path, below: &Path) {
     files::set_mode(path, 0o600).unwrap();
 }
 
+/// What the header of a qcow2 file says.
+fn size_of(layer: &Path) -> Size {
+    let head = std::fs::read(layer).unwrap();
+    Size(u64::from_be_bytes(head[24..32].try_into().unwrap()))
+}
+
 fn sum(path: &Path) -> Vec<u8> {
     use sha2::Digest as _;
     sha2::Sha256::digest(std::fs::read(path).unwrap()).to_vec()
@@ -104,7 +110,9 @@ impl Template {
             .unwrap();
         machine.spec.ram = Memory::Shared(folder.ram());
         machine.spec.ends_with_daemon = true;
-        let (vm, _events) = Vm::start(qemu, &machine.spec, Vec::new(), user(0)).await.unwrap();
+        let (vm, _events) = Vm::start(qemu, &machine.spec, Vec::new(), user(0))
+            .await
+            .unwrap();
         machine.greeted(1).await;
         let err = vm.save_devices(new_file(&own("early"))).await.unwrap_err();
         assert_eq!(err.code, Code::Internal, "saved while it ran");
@@ -145,7 +153,9 @@ impl Template {
     async fn start(&self, qemu: &Qemu, number: u32) -> (MachineSpec, Vm) {
         let spec = self.clone_spec(number);
         let ready = self.folder.open_checked(&self.key).unwrap();
-        let (vm, _) = Vm::start(qemu, &spec, Vec::new(), user(number)).await.unwrap();
+        let (vm, _) = Vm::start(qemu, &spec, Vec::new(), user(number))
+            .await
+            .unwrap();
         vm.restore(ready.state).await.unwrap();
         assert_eq!(vm.status().await.unwrap(), PowerState::Paused);
         (spec, vm)
@@ -302,12 +312,13 @@ async fn layers_are_put_on_a_running_disk_also_by_the_next_daemon() {
     for pair in layers.windows(2) {
         layer_on(&pair[1], &pair[0]);
     }
+    let size = size_of(&layers[0]);
     let (vm, _events) = Vm::start(&qemu, &machine.spec, Vec::new(), user(1))
         .await
         .unwrap();
     machine.greeted(1).await;
     write(&vm, 0xa0, 0x40000).await;
-    vm.snapshot_disk(&layers[1]).await.unwrap();
+    vm.snapshot_disk(&layers[1], size).await.unwrap();
     write(&vm, 0xa1, 0x50000).await;
     let vm = {
         let process = vm.process();
@@ -321,13 +332,16 @@ async fn layers_are_put_on_a_running_disk_also_by_the_next_daemon() {
         .args([odd.as_os_str(), "7M".as_ref()])
         .status();
     assert!(made.unwrap().success());
-    let err = vm.snapshot_disk(&odd).await.unwrap_err();
+    let err = vm.snapshot_disk(&odd, size).await.unwrap_err();
     assert!(err.message.contains("7340032"), "{err}");
-    let err = vm.snapshot_disk(&machine.spec.disk.base).await.unwrap_err();
-    assert_eq!(err.code, Code::QemuFailed, "{err:?}");
+    let err = vm
+        .snapshot_disk(&machine.spec.disk.base, size)
+        .await
+        .unwrap_err();
+    assert_eq!(err.code, Code::Internal, "{err:?}");
 
     vm.pause().await.unwrap();
-    vm.snapshot_disk(&layers[2]).await.unwrap();
+    vm.snapshot_disk(&layers[2], size).await.unwrap();
     vm.resume().await.unwrap();
     write(&vm, 0xa2, 0x60000).await;
     vm.resize_disk(8 << 20).await.unwrap();
@@ -376,12 +390,17 @@ async fn a_running_machine_is_forked() {
     layer_on(&new, &old);
 
     // A fault on the way leaves the machine running on the disk that it had.
-    let bad = vm.freeze(&own("none"), new_file(&own("vain"))).await;
+    let bad = vm
+        .freeze(&own("none"), Size(1), new_file(&own("vain")))
+        .await;
     assert_eq!(bad.unwrap_err().code, Code::Io);
     assert_eq!(vm.status().await.unwrap(), PowerState::Running);
     assert_eq!(vm.layers_added().await.unwrap(), 0);
 
-    let (stream, halted) = vm.freeze(&new, new_file(&own("all"))).await.unwrap();
+    let (stream, halted) = vm
+        .freeze(&new, size_of(&new), new_file(&own("all")))
+        .await
+        .unwrap();
     assert!(halted < Duration::from_secs(5), "{halted:?}");
     assert_eq!(stream == Stream::Mapped, qemu.version >= (9, 0, 0));
     assert_eq!(vm.layers_added().await.unwrap(), 1);
@@ -583,12 +602,12 @@ async fn fork_figures(qemu: &Qemu, touched: u64) {
     let (vm, _) = start(qemu, &machine).await;
     let layer = own("new.qcow2");
     layer_on(&layer, &machine.spec.disk.layers[0]);
-    let (frozen, freeze) = timed(vm.freeze(&layer, new_file(&own("live")))).await;
+    let (frozen, freeze) = timed(vm.freeze(&layer, size_of(&layer), new_file(&own("live")))).await;
     let (_, halted) = frozen.unwrap();
     vm.pause().await.unwrap();
     let next = own("next.qcow2");
     layer_on(&next, &layer);
-    let (_, snapshot) = timed(vm.snapshot_disk(&next)).await;
+    let (_, snapshot) = timed(vm.snapshot_disk(&next, size_of(&next))).await;
     let all = own("all");
     let (stream, save) = timed(vm.save_all(new_file(&all))).await;
     let (_, resume) = timed(vm.resume()).await;

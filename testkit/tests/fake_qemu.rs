@@ -57,7 +57,9 @@ impl Fake {
 
     /// The events from the start to the end.
     async fn story(&self) -> Vec<VmEvent> {
-        let (_vm, mut events) = Vm::start(&self.qemu, &self.spec, Vec::new(), None).await.unwrap();
+        let (_vm, mut events) = Vm::start(&self.qemu, &self.spec, Vec::new(), None)
+            .await
+            .unwrap();
         let mut seen = Vec::new();
         while !matches!(seen.last(), Some(VmEvent::Exited(_))) {
             let next = tokio::time::timeout(Duration::from_secs(10), events.recv());
@@ -67,7 +69,9 @@ impl Fake {
     }
 
     async fn start(&self) -> Vm {
-        let (vm, _) = Vm::start(&self.qemu, &self.spec, Vec::new(), None).await.unwrap();
+        let (vm, _) = Vm::start(&self.qemu, &self.spec, Vec::new(), None)
+            .await
+            .unwrap();
         vm
     }
 
@@ -77,7 +81,9 @@ impl Fake {
             incoming: true,
             ..self.spec.clone()
         };
-        let (vm, _) = Vm::start(&self.qemu, &spec, Vec::new(), None).await.unwrap();
+        let (vm, _) = Vm::start(&self.qemu, &spec, Vec::new(), None)
+            .await
+            .unwrap();
         let saved = std::fs::File::open(file).unwrap();
         vm.restore_all(saved, stream).await.unwrap();
         assert_eq!(vm.status().await.unwrap(), PowerState::Paused);
@@ -112,7 +118,9 @@ impl Drop for Fake {
 #[tokio::test]
 async fn a_fake_guest_comes_up_reboots_is_adopted_and_goes_down() {
     let fake = Fake::new("address=10.1.2.3/24").await;
-    let (vm, _) = Vm::start(&fake.qemu, &fake.spec, Vec::new(), None).await.unwrap();
+    let (vm, _) = Vm::start(&fake.qemu, &fake.spec, Vec::new(), None)
+        .await
+        .unwrap();
     let agent = AgentLink::connect(fake.spec.paths.agent());
     let first = agent.wait_hello().await.unwrap();
     assert_eq!(first.hostname, "faker");
@@ -187,7 +195,9 @@ async fn cloud_inits_ends_and_a_guest_that_does_not_listen() {
         ("cloud-init-degraded", CloudInitState::Degraded),
     ] {
         let fake = Fake::new(words).await;
-        let (vm, _) = Vm::start(&fake.qemu, &fake.spec, Vec::new(), None).await.unwrap();
+        let (vm, _) = Vm::start(&fake.qemu, &fake.spec, Vec::new(), None)
+            .await
+            .unwrap();
         let agent = AgentLink::connect(fake.spec.paths.agent());
         let told = agent.wait_cloud_init().await.unwrap();
         assert_eq!(told.state, state);
@@ -195,7 +205,9 @@ async fn cloud_inits_ends_and_a_guest_that_does_not_listen() {
         vm.quit().await.unwrap();
     }
     let fake = Fake::new("never-boots ignores-powerdown").await;
-    let (vm, _) = Vm::start(&fake.qemu, &fake.spec, Vec::new(), None).await.unwrap();
+    let (vm, _) = Vm::start(&fake.qemu, &fake.spec, Vec::new(), None)
+        .await
+        .unwrap();
     let agent = AgentLink::connect(fake.spec.paths.agent());
     let silent = tokio::time::timeout(Duration::from_millis(300), agent.wait_hello()).await;
     assert!(silent.is_err());
@@ -265,7 +277,9 @@ async fn a_suspended_machine_is_the_same_one_when_it_goes_on() {
             incoming: true,
             ..fake.spec.clone()
         };
-        let (vm, _) = Vm::start(&fake.qemu, &spec, Vec::new(), None).await.unwrap();
+        let (vm, _) = Vm::start(&fake.qemu, &spec, Vec::new(), None)
+            .await
+            .unwrap();
         let saved = std::fs::File::open(&file).unwrap();
         assert!(vm.restore_all(saved, stream).await.is_err(), "{words}");
         vm.kill().await.unwrap();
@@ -283,7 +297,7 @@ async fn memory_goes_on_with_its_own_disk_only() {
     let first = boot_id(&guest).await;
     // A snapshot with memory, while it runs.
     let memory = std::fs::File::create(&file).unwrap();
-    let (stream, paused) = vm.freeze(&layer, memory).await.unwrap();
+    let (stream, paused) = vm.freeze(&layer, Size::gib(1), memory).await.unwrap();
     assert!(paused < Duration::from_secs(5));
     assert_eq!(vm.layers_added().await.unwrap(), 1);
     vm.resize_disk(Size::gib(2).bytes()).await.unwrap();

@@ -189,12 +189,13 @@ fn describe(
             name: snapshot.name.clone(),
             comment: snapshot.comment.clone(),
             parent: id_of(&snapshots, &snapshot.parent),
-            created_at: before(snapshot.created_at, row.created_at),
+            created_at: snapshot.created_at,
             cpus: snapshot.cpus,
             memory: snapshot.memory,
             disk: snapshot.disk,
             layers: chain(snapshot.layer),
             firmware_boot: snapshot.firmware_boot,
+            identify: true,
             saved: None,
         });
     }
@@ -207,14 +208,6 @@ fn describe(
         release: manifest.image.release.clone(),
     });
     row.snapshots = Arc::new(snapshots);
-}
-
-/// A snapshot is older than the instance that it came with, whatever the other host's clock said: that tells
-/// those that still have another one's identity from those that are taken here.
-fn before(taken: Timestamp, imported: Timestamp) -> Timestamp {
-    let second = jiff::SignedDuration::from_secs(1);
-    let latest = imported.checked_sub(second).unwrap_or(imported);
-    taken.min(latest)
 }
 
 /// An archive on its way to the disk.

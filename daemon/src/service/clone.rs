@@ -17,7 +17,6 @@ use super::given::{Given, seed_of};
 use super::registry::Instance;
 use super::snapshots::find;
 use super::{Service, convert, wiring};
-use crate::state;
 use crate::state::instances::{InstanceRow, Layer, Stage};
 
 impl Service {
@@ -169,12 +168,6 @@ impl Service {
             .advise(format!("Start or stop it first: `pileus start {name}`.")));
         }
         let new = request.name.clone();
-        let (id, wanted) = (instance.id, new.clone());
-        self.parts
-            .state
-            .run(move |tx| state::instances::name_is_free(tx, id, &wanted))
-            .await?;
-        // The name is unique in the table: of two who want it, one is refused there.
         instance.change(|row| row.name = new.clone()).await?;
         self.parts.registry.renamed(instance.id, &new);
         let row = instance.row();

@@ -150,9 +150,14 @@ impl Instance {
         if row == before {
             return Ok(row);
         }
-        let record = row.clone();
+        let (record, renamed) = (row.clone(), row.name != before.name);
         self.state
-            .run(move |tx| state::instances::update(tx, &record))
+            .run(move |tx| {
+                if renamed {
+                    state::instances::name_is_free(tx, record.id, &record.name)?;
+                }
+                state::instances::update(tx, &record)
+            })
             .await?;
         *self.row.write().unwrap_or_else(PoisonError::into_inner) = row.clone();
         let shown = |row: &InstanceRow| (row.stage, row.deleted, row.name.clone(), row.shutdown_at);

@@ -136,6 +136,7 @@ impl Service {
                     disk: row.spec.disk,
                     layers: row.spec.layers.clone(),
                     firmware_boot: row.spec.firmware_boot,
+                    identify: row.spec.identify,
                     saved,
                 };
                 Arc::make_mut(&mut row.snapshots).push(taken);
@@ -226,7 +227,12 @@ impl Service {
         report: &Reporter,
     ) -> Result<Option<Saved>> {
         let (_, layer) = self.freeze_disk(instance).await?;
-        let frozen = instance.machine()?.freeze(Freeze { layer, memory }).await?;
+        let freeze = Freeze {
+            layer,
+            size: instance.row().spec.disk,
+            memory,
+        };
+        let frozen = instance.machine()?.freeze(freeze).await?;
         report.took(Phase::Halted, frozen.paused);
         Ok(frozen.saved)
     }
@@ -273,8 +279,7 @@ impl Service {
             row.spec.memory = to.memory;
             row.spec.pending = pileus_api::Pending::default();
             row.spec.head = Some(id);
-            // One that came with an import has another instance's identity.
-            row.spec.identify |= to.created_at < row.created_at;
+            row.spec.identify = to.identify;
             row.shutdown_at = None;
         })
         .await?;

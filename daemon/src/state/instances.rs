@@ -108,6 +108,9 @@ pub struct SnapshotRow {
     pub layers: Vec<Layer>,
     #[serde(default)]
     pub firmware_boot: bool,
+    /// Its disk was a copy of another one's then, and had not been given an identity of its own yet.
+    #[serde(default)]
+    pub identify: bool,
     /// Devices and memory at that moment.
     #[serde(default)]
     pub saved: Option<Saved>,
@@ -503,6 +506,7 @@ pub(crate) mod tests {
                 disk: Size::gib(5),
                 layers: vec![Layer(Uuid::nil())],
                 firmware_boot: true,
+                identify: true,
                 saved: None,
             }]),
         }

@@ -188,6 +188,41 @@ impl Command for AddFd {
     type Reply = AddedFd;
 }
 
+/// A property of an object in QEMU's tree.
+#[derive(Debug, Clone, Serialize)]
+pub struct QomGet {
+    pub path: String,
+    pub property: String,
+}
+
+impl Command for QomGet {
+    const NAME: &'static str = "qom-get";
+    type Reply = Value;
+}
+
+/// All sets of descriptors.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryFdsets {}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FdSet {
+    pub fdset_id: u32,
+    pub fds: Vec<SetMember>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct SetMember {
+    /// What was said of it when it was added.
+    #[serde(default)]
+    pub opaque: Option<String>,
+}
+
+impl Command for QueryFdsets {
+    const NAME: &'static str = "query-fdsets";
+    type Reply = Vec<FdSet>;
+}
+
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RemoveFd {

@@ -85,8 +85,9 @@ pub trait Vm: Send + Sync + 'static {
     /// Lets the processors run: after a load, or after a disk error halted them.
     fn resume(&self) -> impl Future<Output = Result<()>> + Send;
 
-    /// Tells the guest that time has passed while it stood still. Best effort, with a bound of its own.
-    fn resumed(&self) -> impl Future<Output = ()> + Send;
+    /// Tells the guest that time has passed while it stood still, and its name, which may be another one
+    /// by now. Best effort, with a bound of its own.
+    fn resumed(&self, name: &InstanceName) -> impl Future<Output = ()> + Send;
 
     /// Grows the disk; the guest is told, and grows its file system if it can.
     fn grow_disk(&self, size: Size) -> impl Future<Output = Result<()>> + Send;
@@ -134,6 +135,8 @@ pub enum SavedFile {
 pub struct Freeze {
     /// An empty qcow2 file that takes the guest's writes from now on.
     pub layer: PathBuf,
+    /// What the guest sees, and what the file must have.
+    pub size: Size,
     /// An empty file for devices and memory, if they are wanted, and what it is called.
     pub memory: Option<(File, SavedFile)>,
 }

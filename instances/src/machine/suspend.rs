@@ -124,7 +124,7 @@ impl<D: Driver> Actor<D> {
             // What follows waits for the guest, and tells that it does not come.
             tracing::warn!(instance = %self.name(), %err, "it does not go on");
         }
-        vm.resumed().await;
+        vm.resumed(&self.name()).await;
     }
 
     /// The memory is given up: what is left is a stopped instance with its disk.

@@ -157,7 +157,7 @@ impl Vm for FakeVm {
         Ok(())
     }
 
-    async fn resumed(&self) {
+    async fn resumed(&self, _name: &pileus_base::InstanceName) {
         self.calls.lock().unwrap().push("resumed");
     }
 

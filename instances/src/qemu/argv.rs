@@ -229,7 +229,7 @@ impl Builder<'_> {
             // A snapshot makes this node read-only, and then QEMU looks for such a descriptor.
             let read = (self.hand)(What::Read(layer.clone()))?;
             let set = self.sets;
-            self.option("-add-fd", format!("fd={read},set={set}"));
+            self.option("-add-fd", format!("fd={read},set={set},opaque=disk"));
             // Nobody reads the disk of a throw-away machine after its end: its writes need not reach
             // the host's disk.
             let flush = match spec.ends_with_daemon {

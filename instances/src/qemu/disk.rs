@@ -4,19 +4,20 @@
 //! it is now is asked of QEMU, so it is the same for a daemon that adopted the machine.
 
 use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use pileus_base::{Code, Error, Result, ResultExt, Size};
 use pileus_qmp::commands::{
-    AddFd, BlockResize, BlockdevAdd, BlockdevDel, BlockdevSnapshot, QueryBlock,
-    QueryNamedBlockNodes, RemoveFd,
+    AddFd, BlockResize, BlockdevAdd, BlockdevDel, BlockdevSnapshot, FdSet, QomGet, QueryBlock,
+    QueryFdsets, RemoveFd,
 };
 use serde_json::{Value, json};
 
 use super::vm::{Vm, object};
 
 /// The device whose disk is meant, as `argv.rs` names it.
-const DEVICE: &str = "/machine/peripheral/vda/";
+const DEVICE: &str = "/machine/peripheral/vda";
 const FIRST: &str = "disk";
 
 /// The node that the guest reads and writes.
@@ -48,26 +49,42 @@ impl Vm {
         Ok(())
     }
 
-    /// Puts a new layer on top: an empty qcow2 file of the disk's size, which takes all writes from
+    /// Puts a new layer on top: an empty qcow2 file of the disk's `size`, which takes all writes from
     /// now on. The former top is not written again and can be the base of others. The machine may
     /// run; for a state that can be restored on it, halt it first.
-    pub async fn snapshot_disk(&self, layer: &Path) -> Result<()> {
-        let top = self.top().await?;
-        let name = name_after(&top.node)?;
-        let set = self.lend_layer(layer).await?;
+    ///
+    /// QEMU is asked nothing about its nodes meanwhile: with a hundred layers each such answer takes it
+    /// most of a second, in which the guest stands still.
+    pub async fn snapshot_disk(&self, layer: &Path, size: Size) -> Result<()> {
+        // QEMU would let the guest see a disk of another size.
+        let new = size_of_qcow2(layer)?;
+        if new != size {
+            let (new, size) = (new.bytes(), size.bytes());
+            return Err(Error::internal(format!(
+                "The new layer has {new} bytes where the disk has {size}"
+            )));
+        }
+        let top = self.top_node().await?;
+        let name = name_after(&top)?;
+        let set = self.lend_layer(layer, &name).await?;
         let snapshot = async {
             self.add_layer(&name, set).await?;
-            let done = self.put_on_top(&top, &name).await;
+            let put = BlockdevSnapshot {
+                node: top.clone(),
+                overlay: name.clone(),
+            };
+            let done = self.client().run(&put).await;
             if done.is_err() {
                 let node_name = name.clone();
                 let _ = self.client().run(&BlockdevDel { node_name }).await;
             }
-            done
+            done?;
+            Ok(())
         };
-        let snapshot = snapshot.await;
+        let snapshot: Result<()> = snapshot.await;
         // What is needed no more: the new layer, or what the former top could be written with.
         let needless = match &snapshot {
-            Ok(()) => self.set_of(&top.node).await,
+            Ok(()) => self.set_of(&top).await,
             Err(_) => Some(set),
         };
         if let Some(fdset_id) = needless {
@@ -76,19 +93,35 @@ impl Vm {
         snapshot
     }
 
-    /// The descriptors that a node's file was opened from.
+    /// The descriptors that a node's file was opened from: they carry its name.
     async fn set_of(&self, node: &str) -> Option<u32> {
-        let nodes = self.client().run(&QueryNamedBlockNodes { flat: true });
-        let nodes = nodes.await.ok()?;
-        let file = find(&nodes, &format!("{node}-file"))?
-            .get("file")?
-            .as_str()?;
-        file.strip_prefix("/dev/fdset/")?.parse().ok()
+        let sets = self.client().run(&QueryFdsets {}).await.ok()?;
+        let ours = |set: &&FdSet| set.fds.iter().any(|fd| fd.opaque.as_deref() == Some(node));
+        let found = sets.iter().find(ours).map(|set| set.fdset_id);
+        if found.is_none() {
+            tracing::warn!(node, "QEMU keeps what a frozen layer could be written with");
+        }
+        found
     }
 
     /// How many layers were put on top since the machine was started.
     pub async fn layers_added(&self) -> Result<u32> {
-        number_of(&self.top().await?.node)
+        number_of(&self.top_node().await?)
+    }
+
+    /// The name of the node that the guest reads and writes; quick, however many layers there are.
+    async fn top_node(&self) -> Result<String> {
+        let get = QomGet {
+            path: DEVICE.to_owned(),
+            property: "drive".to_owned(),
+        };
+        match self.client().run(&get).await? {
+            Value::String(node) => Ok(node),
+            _ => Err(Error::new(
+                Code::QemuFailed,
+                "QEMU does not say what the machine's disk is",
+            )),
+        }
     }
 
     async fn top(&self) -> Result<Top> {
@@ -102,7 +135,7 @@ impl Vm {
     }
 
     /// Both ways, because the next snapshot makes QEMU open it again, for reading only.
-    async fn lend_layer(&self, layer: &Path) -> Result<u32> {
+    async fn lend_layer(&self, layer: &Path, node: &str) -> Result<u32> {
         let open = |options: &OpenOptions| {
             let file = options.open(layer);
             file.io(format_args!("Opening {}", layer.display()))
@@ -111,7 +144,7 @@ impl Vm {
         let read: File = open(OpenOptions::new().read(true))?;
         let mut add = AddFd {
             fdset_id: None,
-            opaque: None,
+            opaque: Some(node.to_owned()),
         };
         let set = self.client().run_with_fd(&add, write.into()).await?;
         add.fdset_id = Some(set.fdset_id);
@@ -140,48 +173,32 @@ impl Vm {
         self.client().run(&add).await?;
         Ok(())
     }
+}
 
-    async fn put_on_top(&self, top: &Top, name: &str) -> Result<()> {
-        let nodes = self.client().run(&QueryNamedBlockNodes { flat: true });
-        let size = size_of(&nodes.await?, name);
-        // QEMU would let the guest see a disk of another size.
-        if size != Some(top.size) {
-            let size = size.map_or("an unknown size".into(), |size| format!("{size} bytes"));
-            return Err(Error::internal(format!(
-                "The new layer has {size} where the disk has {} bytes",
-                top.size
-            )));
-        }
-        let snapshot = BlockdevSnapshot {
-            node: top.node.clone(),
-            overlay: name.to_owned(),
-        };
-        self.client().run(&snapshot).await?;
-        Ok(())
+/// The size that the header of a qcow2 file of ours tells.
+fn size_of_qcow2(path: &Path) -> Result<Size> {
+    let what = || format!("Reading {}", path.display());
+    let mut head = [0; 32];
+    let file = File::open(path).io(what())?;
+    file.read_exact_at(&mut head, 0).io(what())?;
+    let mut size = [0; 8];
+    size.copy_from_slice(&head[24..]);
+    match head.starts_with(b"QFI\xfb") {
+        true => Ok(Size(u64::from_be_bytes(size))),
+        false => Err(Error::internal(format!("{} is no layer", path.display()))),
     }
 }
 
 fn parse_top(blocks: &[Value]) -> Option<Top> {
     let ours = |block: &&Value| {
         let device = block.get("qdev").and_then(Value::as_str);
-        device.is_some_and(|device| format!("{device}/").starts_with(DEVICE))
+        device.is_some_and(|device| format!("{device}/").starts_with(&format!("{DEVICE}/")))
     };
     let inserted = blocks.iter().find(ours)?.get("inserted")?;
     Some(Top {
         node: inserted.get("node-name")?.as_str()?.to_owned(),
         size: inserted.pointer("/image/virtual-size")?.as_u64()?,
     })
-}
-
-fn find<'a>(nodes: &'a [Value], name: &str) -> Option<&'a Value> {
-    nodes
-        .iter()
-        .find(|node| node.get("node-name").and_then(Value::as_str) == Some(name))
-}
-
-fn size_of(nodes: &[Value], name: &str) -> Option<u64> {
-    let node = find(nodes, name)?;
-    node.pointer("/image/virtual-size")?.as_u64()
 }
 
 fn number_of(top: &str) -> Result<u32> {

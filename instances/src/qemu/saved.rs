@@ -13,7 +13,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use pileus_base::{Code, Error, Result, ResultExt};
+use pileus_base::{Code, Error, Result, ResultExt, Size};
 use pileus_qmp::commands::{
     AddFd, BlockdevSetActive, Migrate, MigrateCancel, MigrateContinue, MigrateIncoming,
     MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, QueryMigrate, RemoveFd,
@@ -66,6 +66,23 @@ impl Vm {
     /// Loads what [`Vm::save_all`] wrote, into a machine started with `incoming`.
     pub async fn restore_all(&self, file: File, stream: Stream) -> Result<()> {
         self.load(&file, false, stream, ALL_BOUND).await
+    }
+
+    /// Lets a machine run that was halted to be saved; one that runs, or that a full disk halted, is left
+    /// alone.
+    pub async fn wake(&self) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            if self.status().await? != PowerState::Paused {
+                return Ok(());
+            }
+            self.cancel_save().await;
+            // While QEMU still writes it can't.
+            match self.resume().await {
+                Err(err) if begun.elapsed() > DEVICES_BOUND => return Err(err),
+                _ => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
     }
 
     /// Gives up a save that is under way, if there is one.
@@ -150,11 +167,16 @@ impl Vm {
     /// for that moment only, which is what is returned, and runs again afterwards, also on error.
     ///
     /// If it fails, the layer may be there all the same: [`Vm::layers_added`] tells.
-    pub async fn freeze(&self, layer: &Path, memory: File) -> Result<(Stream, Duration)> {
+    pub async fn freeze(
+        &self,
+        layer: &Path,
+        size: Size,
+        memory: File,
+    ) -> Result<(Stream, Duration)> {
         let stream = self.stream();
         self.prepare(false, stream, true).await?;
         let set = self.lend(&memory, OpenOptions::new().write(true)).await?;
-        let saved = self.freeze_to(layer, set).await;
+        let saved = self.freeze_to((layer, size), set).await;
         if saved.is_err() {
             // Nothing to cancel if QEMU gave up by itself.
             let _ = self.client().run(&MigrateCancel {}).await;
@@ -166,7 +188,7 @@ impl Vm {
     }
 
     /// Returns when the guest was halted, which it still is.
-    async fn freeze_to(&self, layer: &Path, set: u32) -> Result<Instant> {
+    async fn freeze_to(&self, (layer, size): (&Path, Size), set: u32) -> Result<Instant> {
         let begun = Instant::now();
         let mut halted = None;
         let mut events = self.subscribe();
@@ -197,7 +219,7 @@ impl Vm {
             halted = stopped.ok().map(|()| Instant::now());
         }
         let halted = halted.unwrap_or_else(Instant::now);
-        self.snapshot_disk(layer).await?;
+        self.snapshot_disk(layer, size).await?;
         let go_on = MigrateContinue {
             state: "pre-switchover",
         };

@@ -411,9 +411,13 @@ def restart_all(steps, nic):
     # shared memory is part of what was forked.
     os.makedirs(os.path.dirname(KEEP_IPC), mode=0o755, exist_ok=True)
     put(KEEP_IPC, "[Login]\nRemoveIPC=no\n")
+    # First: it removes what it may ten seconds after the sessions' end.
+    logind = "systemd-logind.service"
+    if pids_of(logind):
+        run(["systemctl", "restart", logind])
     run(["systemctl", "daemon-reexec"])
     steps.mark("PID 1")
-    run(["systemctl", "restart", *filter(pids_of, (JOURNALD, NETWORKD, "systemd-logind.service"))])
+    run(["systemctl", "restart", *filter(pids_of, (JOURNALD, NETWORKD))])
     attempt(run, ["udevadm", "control", "--reload"])
     # A card that came before its files has another name.
     for card in addresses():

@@ -114,6 +114,8 @@ fn perform(
         }
         "blockdev-snapshot" => locked(&machine.disk).put_on_top(arguments),
         "block_resize" => locked(&machine.disk).resize(arguments),
+        "qom-get" => Ok(json!(locked(&machine.disk).top())),
+        "query-fdsets" => Ok(locked(&machine.disk).fdsets()),
         "query-block" => Ok(locked(&machine.disk).devices()),
         "query-named-block-nodes" => Ok(locked(&machine.disk).named()),
         "migrate" | "migrate-incoming" => {

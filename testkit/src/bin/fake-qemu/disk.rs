@@ -196,6 +196,20 @@ impl Disk {
         }])
     }
 
+    /// `qom-get` of the disk's `drive`.
+    pub fn top(&self) -> &str {
+        &self.top
+    }
+
+    /// `query-fdsets`: each is called by the node that was opened from it.
+    pub fn fdsets(&self) -> Value {
+        let there = self.nodes.iter();
+        let there = there.filter(|(_, node)| self.sets.contains_key(&node.set));
+        there
+            .map(|(name, node)| json!({"fdset-id": node.set, "fds": [{"fd": 9, "opaque": name}]}))
+            .collect()
+    }
+
     /// `query-named-block-nodes`.
     pub fn named(&self) -> Value {
         let all = self.nodes.iter().flat_map(|(name, node)| {
