@@ -43,7 +43,7 @@ fn lan(daemon: &Daemon, bridge: &str, subnet: &str) -> Ended {
 
 /// Waits for an address of the guest that begins so, and gives all of them.
 fn addresses(daemon: &Daemon, subnet: &str) -> Vec<String> {
-    wait_until(subnet, 90, || {
+    wait_until(subnet, 180, || {
         let ipv4 = daemon.field("foo", "/ipv4");
         let all: Vec<String> = serde_json::from_value(ipv4).unwrap_or_default();
         all.iter().any(|a| a.starts_with(subnet)).then_some(all)
