@@ -42,7 +42,7 @@ impl Service {
                 Code::NetworkNotFound,
                 "A user's own pileusd can't connect instances to networks of the host",
             )
-            .advise("The system's pileusd can: `sudo pileus --system launch --network …`."));
+            .advise("The system's pileusd can: `sudo pileus launch --network …`."));
         }
         let bridged = name == BRIDGED;
         let network = match bridged {

@@ -10,7 +10,7 @@ use pileus_instances::guest::port::PortStream;
 use super::Service;
 
 /// A guest collects its identity in less than a second.
-const IDENTITY_BOUND: Duration = Duration::from_secs(30);
+const IDENTITY_BOUND: Duration = Duration::from_secs(60);
 
 impl Service {
     /// What makes the instance itself, as its guest tells.
