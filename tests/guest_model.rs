@@ -479,7 +479,6 @@ impl Walk {
         let told = self.cut(&format!("snapshots/{name}/restore"), &json!({}));
         let new = self.restored(what);
         let now = self.worlds.clone();
-        self.worlds = now.iter().copied().collect();
         self.worlds.extend(now.iter().map(|w| w.without_power()));
         self.worlds
             .extend([new, new.at(State::Suspended), new.without_power()]);
