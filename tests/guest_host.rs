@@ -34,8 +34,10 @@ fn guest_of_an_image_host() {
     if !need(&needs) {
         return;
     }
-    let mut options = Options::default();
-    options.args = vec!["--image-host".into(), "http://127.0.0.1:8088/".into()];
+    let options = Options {
+        args: vec!["--image-host".into(), "http://127.0.0.1:8088/".into()],
+        ..Options::default()
+    };
     let daemon = Daemon::start(options);
     let www = daemon.folder().join("www");
     publish(&www, &guest_image().join("disk.raw"));

@@ -111,6 +111,10 @@ impl Store {
     }
 
     /// Makes what came an image of the store, under its content's digest. Blocks.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "what came is used up: its stage goes with it"
+    )]
     pub fn publish_import(
         &self,
         incoming: Incoming,

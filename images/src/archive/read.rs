@@ -14,6 +14,9 @@ use super::extents::{self, Extent};
 use super::member::{BLOCK, MemberHash, Moved};
 use crate::sparse::SparseWriter;
 
+/// Gets the place of each piece in the file, and the piece.
+type Each<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<()>;
+
 /// 2^27 bytes: what a decoder may allocate for an archive, and what the ancestor's readers took.
 const MAX_WINDOW_LOG: u32 = 27;
 /// Zeros behind the end: a tar's last record, and as much again as anybody may have padded it with.
@@ -198,11 +201,7 @@ impl<R: Read> Reader<R> {
         self.walk(member, &mut |_, piece| moved(piece.len() as u64))
     }
 
-    fn walk(
-        &mut self,
-        member: &Member,
-        each: &mut dyn FnMut(u64, &[u8]) -> Result<()>,
-    ) -> Result<Digest> {
+    fn walk(&mut self, member: &Member, each: Each<'_>) -> Result<Digest> {
         let mut hash = MemberHash::new(!member.sparse);
         let mut buffer = vec![0; CHUNK];
         for extent in &member.extents {

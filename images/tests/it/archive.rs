@@ -452,6 +452,6 @@ async fn an_image_that_comes_is_known_by_its_content() {
     std::fs::write(given_up.disk(), "x").unwrap();
     drop(given_up);
     assert!(!folder.exists());
-    let full = store.check_room(&folder.parent().unwrap().parent().unwrap(), 1 << 60);
+    let full = store.check_room(folder.parent().unwrap().parent().unwrap(), 1 << 60);
     assert_eq!(full.unwrap_err().code, Code::NoSpace);
 }
