@@ -265,10 +265,18 @@ impl Walk {
         (name.clone(), *what)
     }
 
+    /// Begins a POST. What takes no body gets none: a server that closes on one resets the connection.
+    fn begin(&self, what: &str, body: &Value) -> Value {
+        let path = format!("/v1/instances/{}/{what}", self.name);
+        let body = (what != "suspend").then_some(body);
+        let begun = self.daemon.api().begin("POST", &path, body);
+        begun.unwrap_or_else(|err| panic!("{what}: {err:?}"))
+    }
+
     fn act(&self, what: &str, body: &Value) {
-        let done = self.daemon.api().act(self.name, what, body);
-        if let Err(err) = done {
-            panic!("{what} {body}: {err:?}");
+        let begun = self.begin(what, body);
+        if let Err(err) = self.daemon.api().wait(&begun) {
+            panic!("{what}: {err:?}");
         }
     }
 
@@ -369,12 +377,7 @@ impl Walk {
             KillSuspend => {
                 let pid = machine(&self.daemon, self.name).unwrap();
                 let millis = self.moment();
-                let path = format!("/v1/instances/{}/suspend", self.name);
-                let begun = self
-                    .daemon
-                    .api()
-                    .begin("POST", &path, Some(&json!({})))
-                    .unwrap();
+                let begun = self.begin("suspend", &Value::Null);
                 std::thread::sleep(Duration::from_millis(millis));
                 kill_machine(pid);
                 let ended = self.daemon.api().wait(&begun);
@@ -456,8 +459,7 @@ impl Walk {
     /// Begins something, and kills the daemon.
     fn cut(&mut self, what: &str, body: &Value) -> String {
         let millis = self.moment();
-        let path = format!("/v1/instances/{}/{what}", self.name);
-        self.daemon.api().begin("POST", &path, Some(body)).unwrap();
+        self.begin(what, body);
         std::thread::sleep(Duration::from_millis(millis));
         self.another_daemon();
         format!("after {millis} ms")
