@@ -1,5 +1,5 @@
 //! Archives of whole instances: `GET /v1/instances/{name}/export` answers with one, `POST /v1/import` takes one.
-//! Their form is described in `images/src/archive/` and in docs/archive.md.
+//! Their form is described in `images/src/archive/`.
 
 use pileus_base::InstanceName;
 use serde::{Deserialize, Serialize};
