@@ -93,12 +93,39 @@ fn attach_soon(daemon: &Daemon) -> (UnixStream, Arc<Mutex<Vec<u8>>>) {
     let seen: Arc<Mutex<Vec<u8>>> = Arc::default();
     let sink = seen.clone();
     std::thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        while let Ok(count @ 1..) = reader.read(&mut buffer) {
-            sink.lock().unwrap().extend_from_slice(&buffer[..count]);
+        // The rest of the answer's head, byte by byte: what follows are frames.
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            if reader.read_exact(&mut byte).is_err() {
+                return;
+            }
+            head.push(byte[0]);
+        }
+        while let Some(payload) = next_frame(&mut reader) {
+            sink.lock().unwrap().extend_from_slice(&payload);
         }
     });
     (stream, seen)
+}
+
+/// The content of the next message: a word of the guest may come in several.
+fn next_frame(reader: &mut impl Read) -> Option<Vec<u8>> {
+    let mut head = [0; 2];
+    reader.read_exact(&mut head).ok()?;
+    let mut length = usize::from(head[1] & 0x7f);
+    if length == 126 {
+        let mut more = [0; 2];
+        reader.read_exact(&mut more).ok()?;
+        length = usize::from(u16::from_be_bytes(more));
+    } else if length == 127 {
+        let mut more = [0; 8];
+        reader.read_exact(&mut more).ok()?;
+        length = usize::try_from(u64::from_be_bytes(more)).ok()?;
+    }
+    let mut payload = vec![0; length];
+    reader.read_exact(&mut payload).ok()?;
+    Some(payload)
 }
 
 /// An ordinary client with nothing but what the API tells; gives its arguments.
