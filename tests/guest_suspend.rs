@@ -214,6 +214,7 @@ fn guest_suspend_of_forks_and_standby_clones() {
         .run(&["fork", "stood", "--name", "fork"])
         .ok_with_words();
     let fork = Marks::read(&daemon, "fork");
+    fork.hold(&daemon, "fork");
     let names = [("stood", &stood), ("fork", &fork)];
     daemon.run(&["suspend", "stood", "fork"]).ok();
     assert!(daemon.machines().is_empty());

@@ -40,7 +40,12 @@ impl Marks {
         let count = "a=$(cat /dev/shm/now); for i in $(seq 50); do sleep 0.1; \
                      [ \"$a\" != \"$(cat /dev/shm/now)\" ] && exit 0; done; exit 1";
         let counts = daemon.run(&["exec", name, "--", "sh", "-c", count]);
-        assert_eq!(counts.code(), 0, "the process in {name} stands still");
+        assert_eq!(
+            counts.code(),
+            0,
+            "the process in {name} stands still: {}",
+            daemon.script(name, "ls -l /dev/shm; ps -ef | grep -v ]$ | tail -n 25")
+        );
     }
 }
 
