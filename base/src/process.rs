@@ -31,7 +31,8 @@ impl ProcessId {
     /// What it was started with, its name first.
     pub fn command_line(self) -> Result<Vec<String>> {
         let bytes = fs::read(format!("/proc/{}/cmdline", self.pid)).io("Reading a command line")?;
-        if !self.is_alive() {
+        // That of a process that is just ending is empty.
+        if bytes.is_empty() || !self.is_alive() {
             return Err(Error::new(
                 Code::Io,
                 format!("The process {} is gone", self.pid),

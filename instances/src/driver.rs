@@ -219,17 +219,18 @@ impl QemuDriver {
         Ok(spec)
     }
 
-    /// What is to be known of a machine that runs now and was written.
+    /// What is to be known of a machine that runs with this command line and was written. The line is read
+    /// before: QEMU may end right after, and what it wrote is whole all the same.
     fn saved_now(
         &self,
         vm: &RunningVm,
+        running: &[String],
         (file, written): (SavedFile, &File),
         stream: Stream,
     ) -> Result<Saved> {
         let setup = self.setup();
         let meta = written.metadata().io("Looking at a saved machine")?;
         let version = vm.vm.client().version();
-        let running = vm.vm.process().command_line()?;
         let value = |option: &str| {
             let at = running.iter().position(|arg| arg == option)?;
             running.get(at + 1).cloned()
@@ -249,7 +250,7 @@ impl QemuDriver {
             accelerator,
             cpus: setup.cpus,
             memory: setup.memory,
-            extra_nics: qemu::extra_nics(&running),
+            extra_nics: qemu::extra_nics(running),
             firmware_boot: !running.iter().any(|arg| arg == "-kernel"),
         })
     }
@@ -381,7 +382,7 @@ impl Driver for QemuDriver {
         })
         .await
         .map_err(|err| Error::internal("Saving broke off").with_source(err))??;
-        self.saved_now(vm, (SavedFile::Suspended, &file), stream)
+        self.saved_now(vm, &running, (SavedFile::Suspended, &file), stream)
     }
 
     async fn unsave(&self, vm: &RunningVm) -> Result<()> {
@@ -413,9 +414,10 @@ impl Driver for QemuDriver {
             });
         };
         let written = memory.try_clone().io("Saving a machine")?;
+        let running = vm.vm.process().command_line()?;
         let (stream, paused) = vm.vm.freeze(&freeze.layer, freeze.size, memory).await?;
         Ok(Frozen {
-            saved: Some(self.saved_now(vm, (file, &written), stream)?),
+            saved: Some(self.saved_now(vm, &running, (file, &written), stream)?),
             paused,
         })
     }
