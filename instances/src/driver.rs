@@ -369,6 +369,7 @@ impl Driver for QemuDriver {
         room_for(&setup.folder, setup.memory)?;
         files::remove_file(&path)?;
         let file = files::create_private(&path)?;
+        let running = vm.vm.process().command_line()?;
         vm.vm.pause().await?;
         let stream = vm
             .vm
