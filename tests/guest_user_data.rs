@@ -7,28 +7,36 @@ use pileus_testkit::{Daemon, GUEST_IMAGE, Namespace, Options, need, wait_until};
 
 use crate::multipass::{Multipass, NEEDS};
 
-/// A server in the world outside, until it is dropped.
-struct Server(Child);
+/// A server in the world outside, until it is dropped: beyond the uplink, because guests reach no server of
+/// their host.
+struct Server {
+    process: Child,
+    _world: Namespace,
+}
 
 impl Server {
     fn start(multipass: &Multipass) -> Self {
-        let folder = multipass.folder.join("www");
-        let mut server = multipass.daemon.inside(Path::new("python3"));
-        let server = server
-            .args([
-                "-m",
-                "http.server",
-                "8000",
-                "--bind",
-                Namespace::OUTSIDE,
-                "--directory",
-            ])
-            .arg(folder)
+        let world = Namespace::new();
+        let process = world
+            .command("python3")
+            .args(["-m", "http.server", "8000", "--directory"])
+            .arg(multipass.folder.join("www"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        let pid = process.id().to_string();
+        wait_until("the server is in its world", 20, || {
+            world.pids().contains(&pid).then_some(())
+        });
+        let near = |line: &str| ip(multipass.daemon.namespace(), line);
+        near(&format!("link set far netns {pid}"));
+        ip(
+            &world,
+            &format!("address add {}/24 dev far", Namespace::OUTSIDE),
+        );
+        ip(&world, "link set far up");
         let probe = format!(
             "import socket; socket.create_connection(('{}', 8000), 1)",
             Namespace::OUTSIDE
@@ -38,14 +46,25 @@ impl Server {
             let out = python.args(["-c", &probe]).output().unwrap();
             out.status.success().then_some(())
         });
-        Self(server)
+        Self {
+            process,
+            _world: world,
+        }
     }
+}
+
+fn ip(place: &Namespace, line: &str) {
+    let mut command = place.command("ip");
+    assert!(
+        command.args(line.split(' ')).status().unwrap().success(),
+        "ip {line}"
+    );
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
 
