@@ -10,21 +10,27 @@
 //! obtain     one piece of work an item      many callers wait for the same fetch or build
 //! fetch      → bytes in the stage, hashed   download (resume, retry) or copy; hosts/build makes one
 //! format     → a raw, sparse disk           magic bytes, decompression, the qcow2 check, qemu-img
+//! bring      one item, all of the above     what the store does to have an image
 //! store      → root/HEX/                    published by one rename, listed, pinned, pruned
 //! overlay    → an instance's own disk       a thin qcow2 on top; nothing is ever copied
 //! archive    ⇄ one file with disks in it    tar and zstd, written to and read from streams
+//! packed     ⇄ `image.tar.zst`              disk, layer, machine.json: packed images that travel
+//! manager    the ancestor's vocabulary      Manager, Instance, Downloader, MutableImage, gc
 //! ```
 //!
 //! Next step on the way of the data: `instances/` (a machine that boots from an overlay).
 
 pub mod archive;
+mod bring;
 pub mod fetch;
 pub mod format;
 pub mod hosts;
 mod image;
 mod lookup;
+pub mod manager;
 mod obtain;
 pub mod overlay;
+pub mod packed;
 pub mod qcow2;
 mod reference;
 mod sources;
