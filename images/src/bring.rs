@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt, Size};
+use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt, Size, files};
 
 use crate::fetch::{self, Download, Fetched};
 use crate::format::{self, Work};

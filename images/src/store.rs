@@ -119,9 +119,9 @@ pub struct Removed {
 #[derive(Debug)]
 pub struct Store {
     pub(crate) config: StoreConfig,
-    client: reqwest::Client,
-    sources: Sources,
-    flights: Arc<Flights<Arc<Image>>>,
+    pub(crate) client: reqwest::Client,
+    pub(crate) sources: Sources,
+    pub(crate) flights: Arc<Flights<Arc<Image>>>,
     /// Images that someone may hold. Taken while an image is loaded or taken away.
     held: Mutex<HashMap<Digest, Weak<Image>>>,
 }
