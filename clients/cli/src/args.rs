@@ -7,7 +7,7 @@ use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 
 use crate::commands::{
     alias, aliases, authenticate, clone, completions, console, delete, doctor, events, exec,
-    export, find, fork, get, help, images, import, info, launch, list, logs, mount, networks,
+    export, find, fork, get, help, image, import, info, launch, list, logs, mount, networks,
     prefer, purge, recover, rename, restart, restore, run, set, shell, snapshot, ssh_config,
     ssh_proxy, start, stop, suspend, template, top, transfer, umount, unalias, verify_unique,
     version, wait, wait_ready,
@@ -92,7 +92,8 @@ pub enum Command {
     Fork(fork::Args),
     VerifyUnique(verify_unique::Args),
     Find(find::Args),
-    Images(images::Args),
+    #[command(visible_alias = "images")]
+    Image(image::Args),
     Template(template::Args),
     Get(get::Args),
     Set(set::Args),
@@ -152,7 +153,7 @@ impl Command {
             Command::Fork(_) => "fork",
             Command::VerifyUnique(_) => "verify-unique",
             Command::Find(_) => "find",
-            Command::Images(_) => "images",
+            Command::Image(_) => "image",
             Command::Template(_) => "template",
             Command::Get(_) => "get",
             Command::Set(_) => "set",
@@ -204,7 +205,7 @@ impl Command {
             Command::Fork(args) => fork::run(context, &args).await,
             Command::VerifyUnique(args) => verify_unique::run(context, &args).await,
             Command::Find(args) => find::run(context, &args).await,
-            Command::Images(args) => images::run(context, args).await,
+            Command::Image(args) => image::run(context, args).await,
             Command::Template(args) => template::run(context, args).await,
             Command::Get(args) => get::run(context, &args).await,
             Command::Set(args) => set::run(context, &args).await,

@@ -282,7 +282,7 @@ mod tests {
             assert!(is_command(Personality::Multipass, word), "{word}");
         }
         for word in [
-            "run", "fork", "rename", "template", "logs", "doctor", "nope", "",
+            "run", "fork", "rename", "template", "logs", "doctor", "image", "images", "nope", "",
         ] {
             assert!(!is_command(Personality::Multipass, word), "{word}");
         }

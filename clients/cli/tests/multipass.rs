@@ -93,7 +93,7 @@ fn help_lists_the_commands_as_tools_read_them() {
 #[test]
 fn what_is_no_command_is_told_on_standard_output() {
     let daemon = daemon();
-    for word in ["nope", "run", "fork", "rename", "images"] {
+    for word in ["nope", "run", "fork", "rename", "images", "image"] {
         let ran = daemon.multipass(&format!("{word} a b"));
         let text = format!(
             "Error: Unknown command or alias '{word}' (try \"multipass help\" or \"multipass \

@@ -15,7 +15,7 @@ pub mod find;
 pub mod fork;
 pub mod get;
 pub mod help;
-pub mod images;
+pub mod image;
 pub mod import;
 pub mod info;
 pub mod launch;

@@ -1,4 +1,4 @@
-//! `pileus images`: the store's images.
+//! `pileus image remove` and `prune`.
 
 use pileus_api::{Code, Digest, Image};
 use pileus_base::Error;
@@ -6,62 +6,30 @@ use pileus_base::Error;
 use crate::complete;
 use crate::context::Context;
 use crate::error::Outcome;
-use crate::render::{self, Format};
+use crate::render;
 
-/// Show and remove the images in the store
+/// Remove one image
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    #[command(subcommand)]
-    pub action: Option<Action>,
-    /// How to write the list
-    #[arg(
-        long,
-        value_enum,
-        default_value_t,
-        hide_default_value = true,
-        global = true
-    )]
-    pub format: Format,
+    /// The image's digest, or the beginning of it
+    #[arg(value_name = "DIGEST", add = complete::digests())]
+    pub digest: String,
 }
 
-#[derive(Debug, Clone, clap::Subcommand)]
-pub enum Action {
-    /// List the images (what happens if no action is given)
-    #[command(visible_alias = "ls")]
-    List,
-    /// Remove all images that no instance uses
-    Prune,
-    /// Remove one image
-    #[command(visible_alias = "rm")]
-    Remove {
-        /// The image's digest, or the beginning of it
-        #[arg(value_name = "DIGEST", add = complete::digests())]
-        digest: String,
-    },
-}
-
-pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
+pub(super) async fn run(context: &Context, args: &Args) -> Outcome {
     let client = context.client().await?;
-    match args.action.unwrap_or(Action::List) {
-        Action::List => {
-            let images = client.images().await?;
-            context.print(&render::images::stored(&images, args.format))
-        }
-        Action::Prune => {
-            let reply = client.prune_images().await?;
-            context.print(&render::images::pruned(&reply))
-        }
-        Action::Remove { digest } => {
-            let digest = match digest.parse::<Digest>() {
-                Ok(digest) => digest,
-                Err(_) => by_beginning(&client.images().await?, &digest)?,
-            };
-            client.remove_image(&digest).await?;
-            Ok(0)
-        }
-    }
+    let digest = match args.digest.parse::<Digest>() {
+        Ok(digest) => digest,
+        Err(_) => by_beginning(&client.images().await?, &args.digest)?,
+    };
+    client.remove_image(&digest).await?;
+    Ok(0)
 }
 
+pub(super) async fn prune(context: &Context) -> Outcome {
+    let reply = context.client().await?.prune_images().await?;
+    context.print(&render::images::pruned(&reply))
+}
 /// The one image whose digest begins so.
 fn by_beginning(images: &[Image], text: &str) -> Result<Digest, Error> {
     let start = text.strip_prefix("sha256:").unwrap_or(text);
