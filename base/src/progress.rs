@@ -52,8 +52,14 @@ pub enum Phase {
     Resuming,
     /// Freezing an instance's disk.
     Snapshotting,
-    /// Writing an instance to an archive, or reading one.
+    /// Writing an instance or an image to an archive, or reading one.
     Archiving,
+    /// Carrying out a recipe's steps in a guest.
+    Provisioning,
+    /// Making a guest forget who it was.
+    Cleaning,
+    /// Making one disk of an instance's layers.
+    Flattening,
     Deleting,
 }
 
@@ -80,6 +86,9 @@ impl Phase {
             Phase::Resuming => "resuming",
             Phase::Snapshotting => "snapshotting",
             Phase::Archiving => "archiving",
+            Phase::Provisioning => "provisioning",
+            Phase::Cleaning => "cleaning",
+            Phase::Flattening => "flattening",
             Phase::Deleting => "deleting",
         }
     }

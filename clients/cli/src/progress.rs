@@ -193,6 +193,9 @@ pub(crate) fn phase_text(phase: Phase, target: &str) -> String {
         Phase::Resuming => format!("Resuming {target}"),
         Phase::Snapshotting => format!("Taking a snapshot of {target}"),
         Phase::Archiving => format!("Archiving {target}"),
+        Phase::Provisioning => format!("Carrying out the steps of {target}"),
+        Phase::Cleaning => format!("Cleaning up in {target}"),
+        Phase::Flattening => "Making one disk".to_owned(),
         Phase::Deleting => format!("Deleting {target}"),
     }
 }
