@@ -6,6 +6,7 @@ use pileus_base::{Code, Error, Mac, Result};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
+use super::super::rule::Rule;
 use super::values::Word;
 use super::{FIELDS, Machine, VERSION, migrate};
 
@@ -56,7 +57,8 @@ fn invalid(mut issues: Vec<String>) -> Error {
     let mut err = Error::new(
         Code::BadImage,
         "Invalid machine definition in 'machine.json'",
-    );
+    )
+    .with_source(Rule::Machine);
     err.details = issues;
     err
 }
