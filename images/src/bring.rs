@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt, Size, files};
+use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt, Size};
 
 use crate::fetch::{self, Download, Fetched};
 use crate::format::{self, Work};
@@ -26,6 +26,11 @@ impl Store {
         report: &Reporter,
     ) -> Result<Arc<Image>> {
         report.phase(Phase::ResolvingImage);
+        if let Some(image) = self.tagged(reference)? {
+            agree(checksum, image.digest())?;
+            image.touch();
+            return Ok(image);
+        }
         let item = match reference {
             ImageRef::Digest(hex) => match self.find(hex) {
                 Ok(image) => {
@@ -68,6 +73,7 @@ impl Store {
         expected: Option<&Digest>,
         report: &Reporter,
     ) -> Result<Arc<Image>> {
+        let _lock = self.lock_item(&item.key, report).await?;
         let known = self.sources.get(&item.key);
         let known = known.and_then(|record| Some((self.get(&record.digest)?, record.mark)));
         let fits = |image: &Image| expected.is_none_or(|digest| digest == image.digest());
@@ -155,7 +161,7 @@ impl Store {
 
     /// Makes the stage's artifact an image of the store.
     async fn prepare(
-        &self,
+        self: &Arc<Self>,
         item: &Item,
         digest: Digest,
         stage: Stage,
@@ -186,21 +192,11 @@ impl Store {
             info.initrd = true;
             info.cmdline = Some(build::cmdline());
         }
-        let target = self.folder(&digest);
         report.check()?;
-        tokio::task::spawn_blocking(move || {
-            draft.seal(&info)?;
-            if !stage.publish(&target)? && Image::load(&target, &info.digest).is_err() {
-                // What is there is damaged: ours takes its place.
-                files::remove_folder(&target)?;
-                stage.publish(&target)?;
-            }
-            Ok::<_, Error>(())
-        })
-        .await
-        .map_err(|err| Error::internal(format!("Publishing an image panicked: {err}")))??;
-        self.get(&digest)
-            .ok_or_else(|| Error::internal("A published image can't be read"))
+        let store = self.clone();
+        tokio::task::spawn_blocking(move || store.publish(&stage, info))
+            .await
+            .map_err(|err| Error::internal(format!("Publishing an image panicked: {err}")))?
     }
 }
 

@@ -11,7 +11,8 @@
 //! fetch      → bytes in the stage, hashed   download (resume, retry) or copy; hosts/build makes one
 //! format     → a raw, sparse disk           magic bytes, decompression, the qcow2 check, qemu-img
 //! bring      one item, all of the above     what the store does to have an image
-//! store      → root/HEX/                    published by one rename, listed, pinned, pruned
+//! store      → root/HEX/                    published by one rename, listed, held by locks (`lock`), named (`tags`)
+//! collect    root/HEX/ →                    removed, pruned, the least recently used first when room is needed
 //! overlay    → an instance's own disk       a thin qcow2 on top; nothing is ever copied
 //! archive    ⇄ one file with disks in it    tar and zstd, written to and read from streams
 //! packed     ⇄ `image.tar.zst`              disk, layer, machine.json: packed images that travel
@@ -22,10 +23,12 @@
 
 pub mod archive;
 mod bring;
+mod collect;
 pub mod fetch;
 pub mod format;
 pub mod hosts;
 mod image;
+mod lock;
 mod lookup;
 pub mod manager;
 mod obtain;
@@ -37,11 +40,14 @@ mod sources;
 mod sparse;
 mod stage;
 mod store;
+mod tags;
 mod tool;
 
+pub use collect::{Budget, Removed};
 pub use fetch::Patience;
 pub use hosts::{About, CatalogEntry, Host, Item, Origin};
-pub use image::{Image, ImageInfo};
+pub use image::{DiskMark, Image, ImageInfo};
+pub use lock::ItemLock;
 pub use lookup::CatalogWish;
 pub use reference::ImageRef;
-pub use store::{Limits, Listed, Removed, Store, StoreConfig, Tools};
+pub use store::{InUse, Limits, Listed, Store, StoreConfig, Tools};

@@ -7,6 +7,8 @@ use pileus_base::{Digest, Error, Result, files};
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
+use crate::lock::write_small;
+
 /// What the source said about its content; equal marks mean equal content.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Mark {
@@ -47,16 +49,22 @@ impl Sources {
     pub fn put(&self, record: &Record) -> Result<()> {
         let text = serde_json::to_vec_pretty(record)
             .map_err(|err| Error::internal(format!("Writing a source: {err}")))?;
-        files::write_atomic(&self.path(&record.key), &text, 0o644)
+        write_small(&self.path(&record.key), &text)
     }
 
     /// Forgets what led to an image that is no longer there.
     pub fn forget(&self, digest: &Digest) -> Result<()> {
+        self.forget_unless(|known| known != digest)
+    }
+
+    /// Forgets what leads to images that `keep` does not know. What is written at the same time may be lost,
+    /// which costs one fetch.
+    pub fn forget_unless(&self, keep: impl Fn(&Digest) -> bool) -> Result<()> {
         let Ok(entries) = std::fs::read_dir(&self.folder) else {
             return Ok(());
         };
         for entry in entries.flatten() {
-            if read(&entry.path()).is_some_and(|record| record.digest == *digest) {
+            if read(&entry.path()).is_some_and(|record| !keep(&record.digest)) {
                 files::remove_file(&entry.path())?;
             }
         }

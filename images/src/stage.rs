@@ -1,15 +1,15 @@
-//! Work in progress: one locked folder a piece of work below `stage/`. Dropping it removes it; what a
-//! killed daemon left behind is swept when the store is opened, with the programs that still run.
+//! Work in progress: one folder a piece of work below `stage/`, locked by who works in it. Dropping it removes it;
+//! what a killed process left behind is swept when the store is opened, with the programs that still run.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use pileus_base::files::{self, Lock};
-use pileus_base::{Error, Result, ResultExt};
+use pileus_base::{Error, Result, ResultExt, files};
 
 use crate::image::Draft;
+use crate::lock::{Grip, Hold};
 use crate::tool;
 
-const LOCK: &str = "lock";
 const IMAGE: &str = "image";
 /// Names a folder outside of the stage that belongs to it (see `hosts/build.rs`).
 const SCRATCH: &str = "scratch";
@@ -17,20 +17,18 @@ const SCRATCH: &str = "scratch";
 #[derive(Debug)]
 pub(crate) struct Stage {
     folder: PathBuf,
-    _lock: Lock,
+    /// Goes with the folder.
+    hold: Option<Hold>,
 }
 
 impl Stage {
     pub fn create(stages: &Path) -> Result<Self> {
-        let folder = stages.join(uuid::Uuid::new_v4().to_string());
         // Others may pass through (an unprivileged build's programs have other user ids) but see nothing.
-        files::create_folder(&folder, 0o711)?;
-        let lock = Lock::try_take(&folder.join(LOCK))?
-            .ok_or_else(|| Error::internal("A new stage is locked by another process"))?;
+        let (folder, hold) = own_folder(stages, 0o711)?;
         files::create_folder(&folder.join(IMAGE), 0o755)?;
         Ok(Self {
             folder,
-            _lock: lock,
+            hold: Some(hold),
         })
     }
 
@@ -85,11 +83,13 @@ impl Drop for Stage {
     /// start after a crash sweeps what is left).
     fn drop(&mut self) {
         let folder = self.folder.clone();
+        let hold = self.hold.take();
         let (done, waiting) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             if let Err(err) = clear(&folder) {
                 tracing::warn!(stage = %folder.display(), %err, "stage not removed; swept at next start");
             }
+            drop(hold);
             // Nobody may be waiting any more.
             let _ = done.send(());
         });
@@ -97,14 +97,29 @@ impl Drop for Stage {
     }
 }
 
-/// Removes every stage that no living process works in. Returns how many.
-pub(crate) fn sweep(stages: &Path) -> Result<usize> {
+/// Makes a folder with a new name below `parent`, held by this process until the `Hold` is dropped.
+pub(crate) fn own_folder(parent: &Path, mode: u32) -> Result<(PathBuf, Hold)> {
+    for _ in 0..100 {
+        let folder = parent.join(uuid::Uuid::new_v4().to_string());
+        files::create_folder(&folder, mode)?;
+        // A sweep may have been faster: to it, a folder that nobody holds is a leftover.
+        if let Grip::Held(hold) = Hold::exclusive(&folder, Duration::ZERO)? {
+            return Ok((folder, hold));
+        }
+    }
+    Err(Error::internal(
+        "New places of work are swept as soon as they are made",
+    ))
+}
+
+/// Removes every place of work below `parent` that no living process holds. Returns how many.
+pub(crate) fn sweep(parent: &Path) -> Result<usize> {
     let mut swept = 0;
-    for entry in std::fs::read_dir(stages).io(format_args!("Reading {}", stages.display()))? {
+    for entry in std::fs::read_dir(parent).io(format_args!("Reading {}", parent.display()))? {
         let folder = entry.io("Reading the stage")?.path();
-        let lock = match Lock::try_take(&folder.join(LOCK)) {
-            Ok(None) => continue,
-            Ok(Some(lock)) => Some(lock),
+        let hold = match Hold::exclusive(&folder, Duration::ZERO) {
+            Ok(Grip::Busy | Grip::Gone) => continue,
+            Ok(Grip::Held(hold)) => Some(hold),
             // Not a folder, or one without permission: try to remove it all the same.
             Err(_) => None,
         };
@@ -113,7 +128,7 @@ pub(crate) fn sweep(stages: &Path) -> Result<usize> {
             Ok(()) => swept += 1,
             Err(err) => tracing::warn!(stage = %folder.display(), %err, "stage not swept"),
         }
-        drop(lock);
+        drop(hold);
     }
     Ok(swept)
 }
@@ -129,17 +144,6 @@ fn clear(folder: &Path) -> Result<()> {
         }
     }
     if folder.is_dir() {
-        // The lock goes last: until then another sweep stays away.
-        for entry in std::fs::read_dir(folder).io("Reading the stage")?.flatten() {
-            if entry.file_name() != LOCK {
-                let path = entry.path();
-                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                    files::remove_folder(&path)?;
-                } else {
-                    files::remove_file(&path)?;
-                }
-            }
-        }
         return files::remove_folder(folder);
     }
     files::remove_file(folder)
@@ -218,7 +222,6 @@ mod tests {
         let left = dir.path().join("0001");
         std::fs::create_dir_all(left.join("image")).unwrap();
         std::fs::write(left.join("image/disk.raw"), "x").unwrap();
-        std::fs::write(left.join(LOCK), "").unwrap();
         std::fs::write(dir.path().join("stray"), "").unwrap();
         let scratch = dir.path().join("pileus-build-1");
         std::fs::create_dir_all(scratch.join("root")).unwrap();

@@ -3,30 +3,46 @@
 //! ```text
 //! root/HEX/        disk.raw (sparse, read-only), kernel, initrd, image.json, used (its mtime)
 //! root/sources/    what each source gave the last time (`sources.rs`)
+//! root/tags/       names that persons gave (`tags.rs`)
 //! root/stage/      work in progress, one locked folder each (`stage.rs`)
+//! root/locks/      who fetches what (`lock.rs`)
+//! root/keeper      whose store it is, if only one program may remove images
 //! ```
 //!
-//! The folders are the truth: the store has no other index, and one damaged folder hurts one image.
+//! The folders are the truth: the store has no other index, and one damaged folder hurts one image. Processes
+//! may share it; they agree by locks.
+//!
+//! Next step: `bring` (fills it), `collect` (empties it).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use pileus_base::{Code, Digest, Error, Result, ResultExt, Size, files};
 
+use crate::collect::Budget;
 use crate::fetch::{self, Patience};
 use crate::hosts::Host;
 use crate::hosts::build::BuildHost;
 use crate::hosts::file::FileHost;
 use crate::hosts::http::HttpHost;
-use crate::image::{self, Image, ImageInfo};
+use crate::image::{Image, ImageInfo};
+use crate::lock::{self, Hold};
 use crate::obtain::Flights;
 use crate::sources::Sources;
-use crate::stage;
+use crate::stage::{self, Stage};
 
 const STAGE: &str = "stage";
 const SOURCES: &str = "sources";
+const TAGS: &str = "tags";
+const LOCKS: &str = "locks";
+const KEEPER: &str = "keeper";
+/// How long a sweep at the start waits for someone who writes a small file.
+const SWEEP_PATIENCE: Duration = Duration::from_millis(200);
 
 /// Bounds in bytes.
 #[derive(Debug, Clone)]
@@ -71,6 +87,22 @@ impl Default for Tools {
     }
 }
 
+/// Tells which images are needed although nobody holds them: those that stopped instances stand on.
+#[derive(Clone)]
+pub struct InUse(pub Arc<dyn Fn() -> HashSet<Digest> + Send + Sync>);
+
+impl Default for InUse {
+    fn default() -> Self {
+        Self(Arc::new(HashSet::new))
+    }
+}
+
+impl fmt::Debug for InUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("InUse")
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
     pub root: PathBuf,
@@ -82,6 +114,13 @@ pub struct StoreConfig {
     /// Whether downloads go through the proxies that the environment names.
     pub proxies: bool,
     pub now: fn() -> Timestamp,
+    /// What the images may take; the least recently used go.
+    pub budget: Budget,
+    /// Asked before anything is collected.
+    pub in_use: InUse,
+    /// A store that has a keeper is emptied by that program only, as others don't know what it needs. Who gives
+    /// a name becomes the keeper of a store that has none.
+    pub keeper: Option<String>,
 }
 
 impl StoreConfig {
@@ -95,6 +134,9 @@ impl StoreConfig {
             tools: Tools::default(),
             proxies: true,
             now: Timestamp::now,
+            budget: Budget::default(),
+            in_use: InUse::default(),
+            keeper: None,
         }
     }
 }
@@ -106,14 +148,8 @@ pub struct Listed {
     pub last_used: Timestamp,
     /// Bytes that it takes on the host's disk.
     pub allocated: Size,
-}
-
-/// What `prune` removed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Removed {
-    pub info: ImageInfo,
-    /// Bytes given back to the host.
-    pub freed: Size,
+    /// The names that persons gave it, in order.
+    pub tags: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -124,30 +160,86 @@ pub struct Store {
     pub(crate) flights: Arc<Flights<Arc<Image>>>,
     /// Images that someone may hold. Taken while an image is loaded or taken away.
     held: Mutex<HashMap<Digest, Weak<Image>>>,
+    /// An image was let go since the last look (see `Store::tidy`).
+    pub(crate) released: Arc<AtomicBool>,
 }
 
 impl Store {
-    /// Opens the store, creating it if need be, and sweeps what a killed daemon left. Blocks.
+    /// Opens the store, creating it if need be, and sweeps what killed processes left. Blocks.
     pub fn open(config: StoreConfig) -> Result<Arc<Self>> {
-        files::create_folder(&config.root, 0o755)?;
-        let stages = config.root.join(STAGE);
+        let root = &config.root;
+        files::create_folder(root, 0o755)?;
         // Work in progress is nobody's business but may be passed through (unprivileged builds).
-        files::create_folder(&stages, 0o711)?;
-        let swept = stage::sweep(&stages)?;
+        for (name, mode) in [(STAGE, 0o711), (LOCKS, 0o755), (TAGS, 0o755)] {
+            files::create_folder(&root.join(name), mode)?;
+        }
+        let store = Arc::new(Self {
+            client: fetch::client(&config.patience, config.proxies)?,
+            sources: Sources::open(root.join(SOURCES))?,
+            flights: Arc::default(),
+            held: Mutex::default(),
+            released: Arc::default(),
+            config,
+        });
+        store.appoint()?;
+        store.sweep()?;
+        Ok(store)
+    }
+
+    /// Becomes the store's keeper, if that is wished.
+    fn appoint(&self) -> Result<()> {
+        let Some(name) = &self.config.keeper else {
+            return Ok(());
+        };
+        match self.keeper()? {
+            Some(keeper) if keeper == *name => Ok(()),
+            Some(keeper) => Err(Error::new(
+                Code::StorageLocked,
+                format!(
+                    "The images in {} are kept by {keeper}",
+                    self.root().display()
+                ),
+            )
+            .advise("Choose another folder.")),
+            None => lock::write_small(&self.root().join(KEEPER), name.as_bytes()),
+        }
+    }
+
+    /// Who alone may remove images, if there is someone.
+    pub(crate) fn keeper(&self) -> Result<Option<String>> {
+        let path = self.root().join(KEEPER);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let bytes = files::read_bounded(&path, 4096)?;
+        Ok(Some(String::from_utf8_lossy(&bytes).trim().to_owned()))
+    }
+
+    /// Removes what killed processes left, and nothing that a living one works on.
+    fn sweep(&self) -> Result<()> {
+        let swept = stage::sweep(&self.stages())?;
         if swept > 0 {
             tracing::info!(swept, "unfinished images removed");
         }
-        Ok(Arc::new(Self {
-            client: fetch::client(&config.patience, config.proxies)?,
-            sources: Sources::open(config.root.join(SOURCES))?,
-            flights: Arc::default(),
-            held: Mutex::default(),
-            config,
-        }))
+        lock::sweep_locks(&self.locks())?;
+        let root = self.root();
+        for folder in [root, &root.join(SOURCES), &root.join(TAGS)] {
+            lock::sweep_drafts(folder, SWEEP_PATIENCE)?;
+        }
+        for digest in self.digests()? {
+            // One that is held is not worth waiting for.
+            lock::sweep_drafts(&self.folder(&digest), Duration::ZERO)?;
+        }
+        self.sources.forget_unless(|digest| self.has(digest))?;
+        self.sweep_tags(SWEEP_PATIENCE)
     }
 
     /// All images of the store, the last used first. Damaged ones are left out and logged.
     pub fn list(&self) -> Result<Vec<Listed>> {
+        let mut tags: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
+        for (name, digest) in self.tags()? {
+            tags.entry(digest).or_default().push(name);
+        }
         let mut images: Vec<_> = self
             .digests()?
             .iter()
@@ -156,83 +248,79 @@ impl Store {
                 info: image.info().clone(),
                 last_used: image.last_used(),
                 allocated: image.allocated(),
+                tags: tags.remove(image.digest()).unwrap_or_default(),
             })
             .collect();
         images.sort_by_key(|image| std::cmp::Reverse(image.last_used));
         Ok(images)
     }
 
-    /// The image with this digest. Holding it keeps it from being removed.
+    /// The image with this digest. Holding it keeps it from being removed, by whatever process.
     pub fn get(&self, digest: &Digest) -> Option<Arc<Image>> {
+        self.load(digest).unwrap_or_else(|err| {
+            tracing::warn!(image = digest.short(), %err, "image left out");
+            None
+        })
+    }
+
+    /// As [`get`](Self::get), telling a damaged image from none.
+    pub(crate) fn load(&self, digest: &Digest) -> Result<Option<Arc<Image>>> {
         let mut held = self.held();
-        if let Some(image) = held.get(digest).and_then(Weak::upgrade) {
-            return Some(image);
+        if let Some(image) = held.get(digest).and_then(Weak::upgrade)
+            && image.is_in_place()
+        {
+            return Ok(Some(image));
         }
         let folder = self.folder(digest);
-        if !folder.exists() {
-            return None;
-        }
-        match Image::load(&folder, digest) {
-            Ok(image) => {
-                let image = Arc::new(image);
-                held.retain(|_, weak| weak.strong_count() > 0);
-                held.insert(digest.clone(), Arc::downgrade(&image));
-                Some(image)
-            }
-            Err(err) => {
-                tracing::warn!(image = digest.short(), %err, "image left out");
-                None
-            }
-        }
-    }
-
-    /// Removes an image that nobody holds; returns the bytes freed.
-    pub fn remove(&self, digest: &Digest) -> Result<Size> {
-        let folder = self.folder(digest);
-        let trash = {
-            let held = self.held();
-            if held.get(digest).is_some_and(|weak| weak.strong_count() > 0) {
-                return Err(Error::new(
-                    Code::ImageInUse,
-                    format!("The image {} is in use", digest.short()),
-                )
-                .advise("Delete and purge the instances that were made from it first."));
-            }
-            let trash = self.stages().join(uuid::Uuid::new_v4().to_string());
-            match std::fs::rename(&folder, &trash) {
-                Ok(()) => trash,
-                Err(err) if err.kind() == std::io::ErrorKind::NotFound => {
-                    return Err(not_here(digest.hex()));
-                }
-                Err(err) => return Err(Error::io("Removing the image", err)),
-            }
+        let Some(hold) = Hold::shared(&folder)? else {
+            return Ok(None);
         };
-        let freed = image::allocated(&trash);
-        self.sources.forget(digest)?;
-        files::remove_folder(&trash)?;
-        files::sync_folder(&self.config.root)?;
-        Ok(freed)
+        let image = Arc::new(Image::load(&folder, digest, hold, &self.released)?);
+        held.retain(|_, weak| weak.strong_count() > 0);
+        held.insert(digest.clone(), Arc::downgrade(&image));
+        Ok(Some(image))
     }
 
-    /// Removes every image that is neither in `in_use` nor held by anyone.
-    pub fn prune(&self, in_use: &HashSet<Digest>) -> Result<Vec<Removed>> {
-        let mut removed = Vec::new();
-        for digest in self.digests()? {
-            if in_use.contains(&digest) {
-                continue;
+    /// Whether someone here holds the image.
+    pub(crate) fn is_held(&self, digest: &Digest) -> bool {
+        let held = self.held();
+        held.get(digest).is_some_and(|weak| weak.strong_count() > 0)
+    }
+
+    /// So that the next one who asks reads anew what is known of the image.
+    pub(crate) fn forget(&self, digest: &Digest) {
+        self.held().remove(digest);
+    }
+
+    /// Makes what is in the stage the image `info.digest`. It is held from its first moment on. If that image
+    /// is there already, it is the one; a damaged one is replaced. Blocks.
+    pub(crate) fn publish(&self, stage: &Stage, mut info: ImageInfo) -> Result<Arc<Image>> {
+        let draft = stage.draft();
+        draft.seal(&mut info)?;
+        let target = self.folder(&info.digest);
+        for _ in 0..10 {
+            let hold = Hold::shared(&draft.folder)?
+                .ok_or_else(|| Error::internal("An image in the making is gone"))?;
+            if stage.publish(&target)? {
+                let image = Image::load(&target, &info.digest, hold, &self.released)?;
+                let image = Arc::new(image);
+                self.held()
+                    .insert(info.digest.clone(), Arc::downgrade(&image));
+                return Ok(image);
             }
-            let Some(info) = self.get(&digest).map(|image| image.info().clone()) else {
-                // Damaged: of no use to anybody.
-                self.remove(&digest)?;
-                continue;
-            };
-            match self.remove(&digest) {
-                Ok(freed) => removed.push(Removed { info, freed }),
-                Err(err) if err.code == Code::ImageInUse => {}
-                Err(err) => return Err(err),
+            match self.load(&info.digest) {
+                Ok(Some(image)) => return Ok(image),
+                // Just removed: once more.
+                Ok(None) => {}
+                Err(err) => {
+                    tracing::warn!(%err, "replaced");
+                    self.take_away(&info.digest)?;
+                }
             }
         }
-        Ok(removed)
+        Err(Error::internal(
+            "An image is removed as soon as it is published",
+        ))
     }
 
     pub(crate) fn find(&self, prefix: &str) -> Result<Arc<Image>> {
@@ -252,7 +340,7 @@ impl Store {
         }
     }
 
-    fn digests(&self) -> Result<Vec<Digest>> {
+    pub(crate) fn digests(&self) -> Result<Vec<Digest>> {
         let root = &self.config.root;
         let entries = std::fs::read_dir(root).io(format_args!("Reading {}", root.display()))?;
         Ok(entries
@@ -270,6 +358,19 @@ impl Store {
         self.config.root.join(digest.hex())
     }
 
+    /// Whether there is a folder of this image, whole or not.
+    pub(crate) fn has(&self, digest: &Digest) -> bool {
+        self.folder(digest).is_dir()
+    }
+
+    pub(crate) fn tags_folder(&self) -> PathBuf {
+        self.config.root.join(TAGS)
+    }
+
+    pub(crate) fn locks(&self) -> PathBuf {
+        self.config.root.join(LOCKS)
+    }
+
     pub(crate) fn stages(&self) -> PathBuf {
         self.config.root.join(STAGE)
     }
@@ -283,7 +384,7 @@ impl Store {
     }
 }
 
-fn not_here(digest: &str) -> Error {
+pub(crate) fn not_here(digest: &str) -> Error {
     Error::new(
         Code::ImageNotFound,
         format!("There is no image {digest} in the store"),

@@ -122,15 +122,7 @@ impl Store {
         content: &Content,
     ) -> Result<Arc<Image>> {
         info.digest = content.digest()?;
-        let target = self.folder(&info.digest);
-        incoming.draft.seal(&info)?;
-        if !incoming.stage.publish(&target)? && Image::load(&target, &info.digest).is_err() {
-            // What is there is damaged: ours takes its place.
-            files::remove_folder(&target)?;
-            incoming.stage.publish(&target)?;
-        }
-        self.get(&info.digest)
-            .ok_or_else(|| Error::internal("An imported image can't be read"))
+        self.publish(&incoming.stage, info)
     }
 
     /// An error unless so many bytes fit on the file system of `folder`, and what is to stay free does.

@@ -110,14 +110,14 @@ async fn what_is_held_or_in_use_stays() {
         fixture.store.remove(&digests[0]).unwrap_err().code,
         Code::ImageNotFound
     );
-    // Nothing is left but the two folders of the store itself.
+    // Nothing is left but the four folders of the store itself.
     assert_eq!(
         std::fs::read_dir(fixture.store.root().join("sources"))
             .unwrap()
             .count(),
         0
     );
-    assert_eq!(std::fs::read_dir(fixture.store.root()).unwrap().count(), 2);
+    assert_eq!(std::fs::read_dir(fixture.store.root()).unwrap().count(), 4);
     fixture.assert_clean();
 }
 
