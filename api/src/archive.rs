@@ -8,6 +8,9 @@ use utoipa::IntoParams;
 /// The media type of an archive.
 pub const MEDIA_TYPE: &str = "application/vnd.pileus.instance+zstd";
 
+/// The media type of a packed image.
+pub const IMAGE_MEDIA_TYPE: &str = "application/vnd.pileus.image+zstd";
+
 /// The header of an export's reply that names its operation: it tells warnings, progress, and why an archive breaks
 /// off. An archive that was cut off is refused by an import in any case.
 pub const OPERATION_HEADER: &str = "pileus-operation";

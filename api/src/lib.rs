@@ -15,6 +15,7 @@ pub mod events;
 pub mod exec;
 pub mod host;
 pub mod identity;
+pub mod image_making;
 pub mod images;
 pub mod instances;
 pub mod operations;
@@ -33,7 +34,12 @@ pub use host::{
     AuthenticateRequest, Check, HostInfo, HostNetwork, InstanceUsage, SshInfo, Verdict,
 };
 pub use identity::{Identity, IdentityItem};
-pub use images::{CatalogEntry, CatalogQuery, Image, PruneReply, PrunedImage};
+pub use image_making::{BuildRequest, PackRequest, Recipe};
+pub use images::{
+    CatalogEntry, CatalogQuery, Image, ImageDetails, ImageImportQuery, ImagePruneQuery,
+    ImageRemoveQuery, Inspection, PruneReply, PrunedImage, PullRequest, Refusal, TagRequest,
+    VerifyRequest,
+};
 pub use instances::{
     Autostart, CloudInit, CloudInitStatus, DeleteQuery, GuestReport, Instance, InstanceImage,
     InstanceNetwork, InstanceState, LaunchNetwork, LaunchRequest, LeaseRequest, LogQuery,

@@ -40,6 +40,18 @@ pub enum OperationKind {
     /// Writes an instance with its snapshots to an archive.
     Export,
     Import,
+    /// Takes an image that a client sends.
+    ImportImage,
+    /// Writes an image as `image.tar.zst`.
+    ExportImage,
+    /// Judges an image that a client sends, without keeping it.
+    InspectImage,
+    /// Reads images of the store again and compares them with what they were.
+    VerifyImages,
+    /// Makes an image of an instance.
+    PackImage,
+    /// Makes an image by a recipe.
+    BuildImage,
 }
 
 impl OperationKind {
@@ -61,6 +73,12 @@ impl OperationKind {
             OperationKind::Rename => "rename",
             OperationKind::Export => "export",
             OperationKind::Import => "import",
+            OperationKind::ImportImage => "import-image",
+            OperationKind::ExportImage => "export-image",
+            OperationKind::InspectImage => "inspect-image",
+            OperationKind::VerifyImages => "verify-images",
+            OperationKind::PackImage => "pack-image",
+            OperationKind::BuildImage => "build-image",
         }
     }
 }

@@ -25,6 +25,8 @@ pub const INSTANCE_SNAPSHOT: &str = "/v1/instances/{name}/snapshots/{snapshot}";
 pub const INSTANCE_RESTORE: &str = "/v1/instances/{name}/snapshots/{snapshot}/restore";
 /// The whole instance as an archive.
 pub const INSTANCE_EXPORT: &str = "/v1/instances/{name}/export";
+/// The instance as `image.tar.zst`: an image made of it.
+pub const INSTANCE_PACK: &str = "/v1/instances/{name}/pack";
 /// Takes an archive.
 pub const IMPORT: &str = "/v1/import";
 /// WebSocket to the serial console: binary messages both ways.
@@ -45,8 +47,18 @@ pub const SETTING: &str = "/v1/settings/{key}";
 pub const PURGE: &str = "/v1/purge";
 pub const CATALOG: &str = "/v1/catalog";
 pub const IMAGES: &str = "/v1/images";
-pub const IMAGE: &str = "/v1/images/{digest}";
-pub const IMAGES_PRUNE: &str = "/v1/images/prune";
+/// An image is named by a digest (or its beginning), a tag or a source; so no action may stand beside it.
+pub const IMAGE: &str = "/v1/images/{image}";
+/// The image as `image.tar.zst`.
+pub const IMAGE_EXPORT: &str = "/v1/images/{image}/export";
+pub const IMAGE_TAG: &str = "/v1/image-tags/{tag}";
+pub const IMAGES_PRUNE: &str = "/v1/image-actions/prune";
+pub const IMAGES_VERIFY: &str = "/v1/image-actions/verify";
+/// Take an image's bytes, to keep it or only to judge it.
+pub const IMAGES_IMPORT: &str = "/v1/image-actions/import";
+pub const IMAGES_INSPECT: &str = "/v1/image-actions/inspect";
+/// Takes a recipe and gives the image that it makes.
+pub const IMAGES_BUILD: &str = "/v1/image-actions/build";
 pub const OPERATIONS: &str = "/v1/operations";
 pub const OPERATION: &str = "/v1/operations/{id}";
 pub const OPERATION_EVENTS: &str = "/v1/operations/{id}/events";

@@ -60,15 +60,37 @@ pub(crate) fn images() -> ArgValueCandidates {
     })
 }
 
-/// Completes digests of images in the store.
-pub(crate) fn digests() -> ArgValueCandidates {
+/// Completes tags and digests of images in the store.
+pub(crate) fn stored_images() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         ask(async |client| {
             let images = client.images().await.ok()?;
-            let candidate = |i: &pileus_api::Image| {
-                CompletionCandidate::new(i.digest.short()).help(Some(i.source.clone().into()))
+            let names = |i: &pileus_api::Image| {
+                let digest = i.digest.short().to_owned();
+                let names = i.tags.iter().cloned().chain([digest]);
+                let source = i.source.clone();
+                names
+                    .map(move |name| {
+                        CompletionCandidate::new(name).help(Some(source.clone().into()))
+                    })
+                    .collect::<Vec<_>>()
             };
-            Some(images.iter().map(candidate).collect())
+            Some(images.iter().flat_map(names).collect())
+        })
+    })
+}
+
+/// Completes tags of images.
+pub(crate) fn tags() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        ask(async |client| {
+            let images = client.images().await.ok()?;
+            let tags = |i: &pileus_api::Image| {
+                let source = i.source.clone();
+                let tags = i.tags.clone().into_iter();
+                tags.map(move |tag| CompletionCandidate::new(tag).help(Some(source.clone().into())))
+            };
+            Some(images.iter().flat_map(tags).collect())
         })
     })
 }

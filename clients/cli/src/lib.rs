@@ -43,6 +43,7 @@ mod several;
 mod sftp;
 mod signals;
 mod ssh_config;
+mod streams;
 mod terminal;
 mod transfer;
 mod usage;

@@ -5,7 +5,7 @@ use futures_util::{Stream, StreamExt, TryStream};
 use pileus_api::archive::{MEDIA_TYPE, OPERATION_HEADER};
 use pileus_api::{ImportQuery, InstanceName, Operation, routes};
 use pileus_base::{Error, Result};
-use reqwest::{Body, Method, header};
+use reqwest::{Body, Method, RequestBuilder, header};
 use uuid::Uuid;
 
 use crate::Client;
@@ -19,7 +19,15 @@ impl Client {
         name: &str,
     ) -> Result<(Uuid, impl Stream<Item = Result<Bytes>> + use<>)> {
         let path = instance_path(routes::INSTANCE_EXPORT, name)?;
-        let response = self.send(self.request(Method::GET, &path)).await?;
+        self.download(self.request(Method::GET, &path)).await
+    }
+
+    /// The bytes of a reply, and the operation that makes them.
+    pub(crate) async fn download(
+        &self,
+        request: RequestBuilder,
+    ) -> Result<(Uuid, impl Stream<Item = Result<Bytes>> + use<>)> {
+        let response = self.send(request).await?;
         let operation = response.headers().get(OPERATION_HEADER);
         let operation = operation.and_then(|id| id.to_str().ok()?.parse().ok());
         let operation =

@@ -28,8 +28,8 @@ pub async fn list(State(service): State<Service>) -> Reply<Json<Vec<Image>>> {
 }
 
 /// Removes an image that no instance stands on.
-#[utoipa::path(delete, operation_id = "remove_image", path = "/v1/images/{digest}", tag = "images",
-    params(("digest" = String, Path, description = "The digest, or its first digits")),
+#[utoipa::path(delete, operation_id = "remove_image", path = "/v1/images/{image}", tag = "images",
+    params(("image" = String, Path, description = "The digest, or its first digits")),
     responses(
         (status = 204, description = "It is gone"),
         (status = 404, description = "No such image", body = ErrorReply),
@@ -43,7 +43,7 @@ pub async fn remove(
 }
 
 /// Removes every image that no instance stands on.
-#[utoipa::path(post, operation_id = "prune_images", path = "/v1/images/prune", tag = "images",
+#[utoipa::path(post, operation_id = "prune_images", path = "/v1/image-actions/prune", tag = "images",
     responses((status = 200, description = "What was removed", body = PruneReply)))]
 pub async fn prune(State(service): State<Service>) -> Reply<Json<PruneReply>> {
     Ok(Json(service.prune_images().await?))

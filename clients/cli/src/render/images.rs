@@ -1,6 +1,6 @@
-//! `pileus find` (what can be launched) and `pileus images` (what the store holds).
+//! `pileus find` (what can be launched) and `pileus image list` (what the store holds).
 
-use pileus_api::{CatalogEntry, Image, PruneReply, Size};
+use pileus_api::{CatalogEntry, Image, PruneReply, PrunedImage, Size};
 
 use super::node::Node;
 use super::{Format, csv_field, table};
@@ -114,8 +114,13 @@ pub fn stored(images: &[Image], format: Format) -> String {
                     [] => "--".to_owned(),
                     users => users.join(","),
                 };
+                let tags = match i.tags.as_slice() {
+                    [] => "--".to_owned(),
+                    tags => tags.join(","),
+                };
                 vec![
                     i.digest.short().to_owned(),
+                    tags,
                     title.trim().to_owned(),
                     i.version.clone(),
                     i.virtual_size.to_string(),
@@ -126,6 +131,7 @@ pub fn stored(images: &[Image], format: Format) -> String {
             };
             let columns = [
                 ("Digest", 14),
+                ("Tags", 10),
                 ("Image", 14),
                 ("Version", 10),
                 ("Disk", 9),
@@ -145,7 +151,7 @@ pub fn stored(images: &[Image], format: Format) -> String {
         }
         Format::Csv => {
             let mut out = "Digest,OS,Release,Version,Source,Virtual size,Disk usage,\
-                           Direct boot,Created,Used,Used by\n"
+                           Direct boot,Created,Used,Used by,Tags\n"
                 .to_owned();
             for i in images {
                 let fields = [
@@ -160,6 +166,7 @@ pub fn stored(images: &[Image], format: Format) -> String {
                     i.created_at.to_string(),
                     i.used_at.map_or(String::new(), |time| time.to_string()),
                     i.used_by.join(";"),
+                    i.tags.join(";"),
                 ];
                 let fields: Vec<_> = fields.iter().map(|f| csv_field(f)).collect();
                 out.push_str(&fields.join(","));
@@ -171,7 +178,11 @@ pub fn stored(images: &[Image], format: Format) -> String {
 }
 
 fn stored_node(image: &Image) -> Node {
-    Node::map([
+    Node::map(stored_entries(image))
+}
+
+pub(super) fn stored_entries(image: &Image) -> Vec<(&'static str, Node)> {
+    vec![
         ("digest", Node::text(image.digest.to_string())),
         ("os", Node::text(&image.os)),
         ("release", Node::text(&image.release)),
@@ -183,24 +194,60 @@ fn stored_node(image: &Image) -> Node {
         ("created", Node::text(image.created_at.to_string())),
         ("used", Node::or_null(image.used_at.map(|t| t.to_string()))),
         ("used_by", Node::texts(&image.used_by)),
-    ])
+        ("tags", Node::texts(&image.tags)),
+    ]
 }
 
-pub fn pruned(reply: &PruneReply) -> String {
+/// What was removed, or what would be.
+pub fn pruned(reply: &PruneReply, dry_run: bool, format: Format) -> String {
+    let document = || {
+        let node = |image: &PrunedImage| {
+            Node::map([
+                ("digest", Node::text(image.digest.to_string())),
+                ("source", Node::text(&image.source)),
+                ("freed", Node::Int(image.freed.bytes())),
+            ])
+        };
+        let removed = reply.removed.iter().map(node).collect();
+        Node::map([
+            ("dry_run", Node::Bool(dry_run)),
+            ("removed", Node::List(removed)),
+        ])
+    };
+    match format {
+        Format::Table => pruned_text(reply, dry_run),
+        Format::Json => document().to_json(),
+        Format::Yaml => document().to_yaml(),
+        Format::Csv => {
+            let mut out = "Digest,Source,Freed\n".to_owned();
+            for image in &reply.removed {
+                let (digest, freed) = (&image.digest, image.freed.bytes());
+                out.push_str(&format!("{digest},{},{freed}\n", csv_field(&image.source)));
+            }
+            out
+        }
+    }
+}
+
+fn pruned_text(reply: &PruneReply, dry_run: bool) -> String {
     if reply.removed.is_empty() {
         return "No unused images found.\n".to_owned();
     }
+    let (removed, freed) = match dry_run {
+        true => ("Would remove", "Would free"),
+        false => ("Removed", "Freed"),
+    };
     let mut out = String::new();
     let mut all = 0_u64;
     for image in &reply.removed {
         out.push_str(&format!(
-            "Removed {} ({})\n",
+            "{removed} {} ({})\n",
             image.digest.short(),
             image.freed
         ));
         all = all.saturating_add(image.freed.bytes());
     }
-    out + &format!("Freed {}\n", Size(all))
+    out + &format!("{freed} {}\n", Size(all))
 }
 
 #[cfg(test)]
@@ -232,8 +279,14 @@ mod tests {
     fn pruned_says_what_was_freed() {
         let reply = samples::pruned();
         assert_eq!(
-            pruned(&reply),
+            pruned(&reply, false, Format::Table),
             "Removed cdcdcdcdcdcd (427.0MiB)\nFreed 427.0MiB\n"
         );
+        assert_eq!(
+            pruned(&reply, true, Format::Table),
+            "Would remove cdcdcdcdcdcd (427.0MiB)\nWould free 427.0MiB\n"
+        );
+        insta::assert_snapshot!("pruned_json", pruned(&reply, true, Format::Json));
+        insta::assert_snapshot!("pruned_csv", pruned(&reply, false, Format::Csv));
     }
 }

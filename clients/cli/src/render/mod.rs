@@ -6,6 +6,7 @@
 pub mod aliases;
 pub mod doctor;
 pub mod identity;
+pub mod image;
 pub mod images;
 pub mod info;
 pub mod list;

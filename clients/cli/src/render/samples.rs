@@ -2,8 +2,9 @@
 
 use pileus_api::{
     CatalogEntry, CloudInit, CloudInitStatus, Code, Digest, ErrorBody, GuestReport, Identity,
-    IdentityItem, Image, Instance, InstanceImage, InstanceState, Origin, Phase, PhaseTime,
-    PruneReply, PrunedImage, Setting, Size, Snapshot, Template, TemplateState, Usage,
+    IdentityItem, Image, ImageDetails, Inspection, Instance, InstanceImage, InstanceState, Origin,
+    Phase, PhaseTime, PruneReply, PrunedImage, Refusal, Setting, Size, Snapshot, Template,
+    TemplateState, Usage,
 };
 use pileus_base::Error;
 
@@ -222,6 +223,7 @@ pub fn images() -> Vec<Image> {
         created_at: time("2026-11-21T20:00:00Z"),
         used_at: Some(time("2026-11-21T21:00:00Z")),
         used_by: vec!["foo".into(), "bar".into()],
+        tags: vec!["web".into(), "base/web-1".into()],
     };
     let unused = Image {
         digest: digest(0xcd),
@@ -232,15 +234,89 @@ pub fn images() -> Vec<Image> {
         direct_boot: false,
         used_at: None,
         used_by: vec![],
+        tags: vec![],
         ..used.clone()
     };
     vec![used, unused]
+}
+
+/// One that came packed, one of which little is known.
+pub fn image_details() -> Vec<ImageDetails> {
+    let mut images = images().into_iter();
+    let (Some(packed), Some(plain)) = (images.next(), images.next()) else {
+        return vec![];
+    };
+    let machine = r#"{"version":1,"uuid":"52bab607-10f4-4412-b5e8-e9c8a4b4f2bc","memory":512}"#;
+    let rich = ImageDetails {
+        image: packed,
+        title: "Debian 13 (trixie)".into(),
+        codename: "trixie".into(),
+        arch: "x86_64".into(),
+        min_disk: Size::gib(3),
+        cmdline: Some("root=LABEL=root console=ttyS0".into()),
+        initrd: true,
+        disk_digest: Some(digest(0xef)),
+        machine: serde_json::from_str(machine).ok(),
+        made_of: Some("build:debian-13\nby pileus 0.1.0".into()),
+        templates: vec!["0123456789abcdef".into()],
+    };
+    let poor = ImageDetails {
+        image: plain,
+        title: "a,b.qcow2".into(),
+        codename: String::new(),
+        arch: String::new(),
+        cmdline: None,
+        initrd: false,
+        disk_digest: None,
+        machine: None,
+        made_of: None,
+        templates: vec![],
+        ..rich.clone()
+    };
+    vec![rich, poor]
+}
+
+/// One that is fine, one that is refused.
+pub fn inspections() -> Vec<Inspection> {
+    let machine = r#"{"version":1,"memory":512}"#;
+    let fine = Inspection {
+        kind: "packed".into(),
+        digest: Some(digest(0xab)),
+        size: Some(Size::mib(163)),
+        virtual_size: Some(Size::gib(3)),
+        disk_usage: Some(Size::mib(427)),
+        disk_digest: Some(digest(0xef)),
+        machine: serde_json::from_str(machine).ok(),
+        manifest: None,
+        warnings: vec!["the layer holds data and was merged".into()],
+        stored: true,
+        refused: None,
+    };
+    let error = Error::new(Code::BadImage, "layer.qcow2 has an external data file");
+    let refused = Inspection {
+        kind: String::new(),
+        digest: None,
+        size: None,
+        virtual_size: None,
+        disk_usage: None,
+        warnings: vec![],
+        disk_digest: None,
+        machine: None,
+        stored: false,
+        refused: Some(Refusal {
+            rule: Some("layer-data-file".into()),
+            error: error.into(),
+        }),
+        ..fine.clone()
+    };
+    vec![fine, refused]
 }
 
 pub fn pruned() -> PruneReply {
     PruneReply {
         removed: vec![PrunedImage {
             digest: digest(0xcd),
+            source: "https://example.org/a,b.qcow2".into(),
             freed: Size::mib(427),
         }],
     }

@@ -94,6 +94,7 @@ impl Service {
                     created_at: info.created,
                     used_at: Some(image.last_used),
                     used_by: used_by.collect(),
+                    tags: Vec::new(),
                 }
             })
             .collect();
@@ -139,6 +140,7 @@ impl Service {
                 .into_iter()
                 .map(|removed| PrunedImage {
                     digest: removed.info.digest,
+                    source: removed.info.source,
                     freed: removed.freed,
                 })
                 .collect(),

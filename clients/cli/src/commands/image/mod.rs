@@ -1,19 +1,26 @@
-//! `pileus image`: the store's images. One file a family of actions; each action's `run` is called from here.
+//! `pileus image`: the store's images. One file a family of actions.
 //!
 //! ```text
-//! list.rs      list, info                    transfer.rs  import, export (streams of this program)
+//! list.rs      list, info                    transfer.rs  import, export (files of this program's user)
 //! pull.rs      pull                          check.rs     verify, inspect
 //! remove.rs    remove, prune                 tags.rs      tag, untag
 //! ```
 
+mod check;
 mod list;
+mod pull;
 mod remove;
+mod tags;
+mod transfer;
+
+use pileus_api::Operation;
+use pileus_base::{Error, Result};
 
 use crate::context::Context;
 use crate::error::Outcome;
 use crate::render::Format;
 
-/// Show, bring, check, tag and remove the images in the store
+/// Show, bring, share, check and remove images
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -34,17 +41,39 @@ pub enum Action {
     /// List the images (what happens if no action is given)
     #[command(visible_alias = "ls")]
     List,
-    /// Remove all images that no instance uses
-    Prune,
+    Info(list::Info),
+    Pull(pull::Args),
+    Import(transfer::Import),
+    Export(transfer::Export),
+    Tag(tags::Tag),
+    Untag(tags::Untag),
+    Inspect(check::Inspect),
+    Verify(check::Verify),
+    Prune(remove::Prune),
     #[command(visible_alias = "rm")]
-    Remove(remove::Args),
+    Remove(remove::Remove),
 }
 
 pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
     let format = args.format;
     match args.action.unwrap_or(Action::List) {
         Action::List => list::list(context, format).await,
-        Action::Prune => remove::prune(context).await,
-        Action::Remove(args) => remove::run(context, &args).await,
+        Action::Info(args) => list::info(context, &args, format).await,
+        Action::Pull(args) => pull::run(context, &args, format).await,
+        Action::Import(args) => transfer::import(context, &args, format).await,
+        Action::Export(args) => transfer::export(context, &args).await,
+        Action::Tag(args) => tags::tag(context, &args).await,
+        Action::Untag(args) => tags::untag(context, &args).await,
+        Action::Inspect(args) => check::inspect(context, &args, format).await,
+        Action::Verify(args) => check::verify(context, &args).await,
+        Action::Prune(args) => remove::prune(context, &args, format).await,
+        Action::Remove(args) => remove::remove(context, &args).await,
     }
+}
+
+/// The digest of the image that an operation brought.
+fn result_of(operation: Operation) -> Result<String> {
+    operation
+        .result
+        .ok_or_else(|| Error::internal("The daemon does not name the image"))
 }

@@ -1,77 +1,70 @@
-//! `pileus image remove` and `prune`.
+//! `pileus image remove` and `prune`: images that nobody needs.
 
-use pileus_api::{Code, Digest, Image};
-use pileus_base::Error;
+use pileus_api::{ImagePruneQuery, Size};
 
 use crate::complete;
 use crate::context::Context;
-use crate::error::Outcome;
-use crate::render;
+use crate::error::{CommandError, Outcome};
+use crate::render::{self, Format};
 
-/// Remove one image
+/// Remove images
 #[derive(Debug, Clone, clap::Args)]
-pub struct Args {
-    /// The image's digest, or the beginning of it
-    #[arg(value_name = "DIGEST", add = complete::digests())]
-    pub digest: String,
+#[command(after_help = "\
+An image that an instance or a template stands on stays, whatever is said.")]
+pub struct Remove {
+    /// Tags, digests (or their first digits), or where they came from
+    #[arg(value_name = "IMAGE", required = true, add = complete::stored_images())]
+    pub images: Vec<String>,
+    /// Also one that has a tag; its tags go with it
+    #[arg(short, long)]
+    pub force: bool,
 }
 
-pub(super) async fn run(context: &Context, args: &Args) -> Outcome {
+pub(super) async fn remove(context: &Context, args: &Remove) -> Outcome {
     let client = context.client().await?;
-    let digest = match args.digest.parse::<Digest>() {
-        Ok(digest) => digest,
-        Err(_) => by_beginning(&client.images().await?, &args.digest)?,
-    };
-    client.remove_image(&digest).await?;
-    Ok(0)
-}
-
-pub(super) async fn prune(context: &Context) -> Outcome {
-    let reply = context.client().await?.prune_images().await?;
-    context.print(&render::images::pruned(&reply))
-}
-/// The one image whose digest begins so.
-fn by_beginning(images: &[Image], text: &str) -> Result<Digest, Error> {
-    let start = text.strip_prefix("sha256:").unwrap_or(text);
-    let start = start.to_ascii_lowercase();
-    let mut matching = images
-        .iter()
-        .filter(|image| start.len() >= 4 && image.digest.hex().starts_with(&start));
-    match (matching.next(), matching.next()) {
-        (Some(image), None) => Ok(image.digest.clone()),
-        (Some(_), Some(_)) => Err(Error::new(
-            Code::InvalidArgument,
-            format!("Too many images matching \"{text}\""),
-        )
-        .advise("Give more digits of the digest.")),
-        _ => Err(Error::new(
-            Code::ImageNotFound,
-            format!("No image in the store has a digest that begins with \"{text}\""),
-        )
-        .advise("pileus images lists them; give 4 digits or more.")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::render::samples;
-
-    #[test]
-    fn a_digest_may_be_shortened_to_what_is_clear() {
-        let mut images = samples::images();
-        let digest = images[0].digest.clone();
-        assert_eq!(by_beginning(&images, "ababab").unwrap(), digest);
-        assert_eq!(by_beginning(&images, "sha256:ABAB").unwrap(), digest);
-        for (text, code) in [("aba", Code::ImageNotFound), ("ffff", Code::ImageNotFound)] {
-            assert_eq!(
-                by_beginning(&images, text).unwrap_err().code,
-                code,
-                "{text}"
-            );
+    let mut failed = Vec::new();
+    for image in &args.images {
+        if let Err(err) = client.remove_image(image, args.force).await {
+            failed.push((image.clone(), CommandError::from(err)));
         }
-        images.push(images[0].clone());
-        let err = by_beginning(&images, "abab").unwrap_err();
-        assert_eq!(err.code, Code::InvalidArgument);
     }
+    match failed.is_empty() {
+        true => Ok(0),
+        false => Err(CommandError::several(failed)),
+    }
+}
+
+/// Remove images that nobody uses
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "\
+Images that an instance or a template stands on and images with a tag stay. Without bounds all others go; with bounds
+the least recently used, until the bounds hold.
+
+Examples:
+  pileus image prune --dry-run
+  pileus image prune --older-than 30d
+  pileus image prune --keep-bytes 20G")]
+pub struct Prune {
+    /// All that nobody uses (what happens if no bound is given)
+    #[arg(long, conflicts_with_all = ["older_than", "keep_bytes"])]
+    pub all_unused: bool,
+    /// Those that were not used for so long: 45m, 12h, 30d, 4w
+    #[arg(long, value_name = "AGE")]
+    pub older_than: Option<String>,
+    /// What all images together may take
+    #[arg(long, value_name = "SIZE")]
+    pub keep_bytes: Option<Size>,
+    /// Only show what would go
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+}
+
+pub(super) async fn prune(context: &Context, args: &Prune, format: Format) -> Outcome {
+    let query = ImagePruneQuery {
+        older_than: args.older_than.clone(),
+        keep_bytes: args.keep_bytes.map(Size::bytes),
+        dry_run: args.dry_run,
+    };
+    let reply = context.client().await?.prune_images(&query).await?;
+    context.print(&render::images::pruned(&reply, args.dry_run, format))
 }

@@ -1,0 +1,61 @@
+//! `pileus image tag` and `untag`: names that people give to images.
+
+use crate::complete;
+use crate::context::Context;
+use crate::error::{CommandError, Outcome};
+
+/// Give an image a name, or take it away
+#[derive(Debug, Clone, clap::Args)]
+#[command(after_help = "\
+The name launches the image (pileus launch NAME) and keeps it: an image with a tag is neither pruned nor collected.
+A name that another image has changes hands.
+
+Examples:
+  pileus image tag 7e152a1c web
+  pileus image tag --remove web            the same as: pileus image untag web")]
+pub struct Tag {
+    /// A tag, the digest (or its first digits), or where it came from
+    #[arg(value_name = "IMAGE", add = complete::stored_images(), required_unless_present = "remove")]
+    pub image: Option<String>,
+    /// The new name
+    #[arg(value_name = "NAME", required_unless_present = "remove")]
+    pub name: Option<String>,
+    /// Take this name away
+    #[arg(long, value_name = "NAME", add = complete::tags(), conflicts_with_all = ["image", "name"])]
+    pub remove: Option<String>,
+}
+
+pub(super) async fn tag(context: &Context, args: &Tag) -> Outcome {
+    let client = context.client().await?;
+    match (&args.image, &args.name, &args.remove) {
+        (Some(image), Some(name), None) => {
+            client.tag_image(image, name).await?;
+        }
+        (_, _, Some(name)) => client.untag_image(name).await?,
+        // The grammar has no other.
+        _ => return Err(CommandError::usage("An image and a name are required")),
+    }
+    Ok(0)
+}
+
+/// Take names of images away
+#[derive(Debug, Clone, clap::Args)]
+pub struct Untag {
+    /// The names
+    #[arg(value_name = "NAME", required = true, add = complete::tags())]
+    pub names: Vec<String>,
+}
+
+pub(super) async fn untag(context: &Context, args: &Untag) -> Outcome {
+    let client = context.client().await?;
+    let mut failed = Vec::new();
+    for name in &args.names {
+        if let Err(err) = client.untag_image(name).await {
+            failed.push((name.clone(), CommandError::from(err)));
+        }
+    }
+    match failed.is_empty() {
+        true => Ok(0),
+        false => Err(CommandError::several(failed)),
+    }
+}

@@ -1,0 +1,9 @@
+//! Files that travel between this program and the daemon: read or written here, with the rights of the one who calls.
+//!
+//! ```text
+//! send.rs     a file or standard input → daemon       import, image import, image inspect
+//! receive.rs  daemon → a file or standard output      export, image export, image pack, image build
+//! ```
+
+pub(crate) mod receive;
+pub(crate) mod send;
