@@ -138,6 +138,10 @@ codes! {
     IdentityFailed = "identity-failed", Guest;
     /// The command could not be run in the guest.
     ExecFailed = "exec-failed", Guest;
+    /// A step of a recipe ended in error.
+    StepFailed = "step-failed", Guest;
+    /// A guest could not be made to forget who it is.
+    CleanUpFailed = "clean-up-failed", Guest;
 
     Cancelled = "cancelled", Cancelled;
     /// A bound on time that the caller gave was reached.

@@ -149,7 +149,7 @@ impl Store {
 /// An image that is coming in; dropped, it leaves nothing.
 #[derive(Debug)]
 pub struct Incoming {
-    stage: Stage,
+    pub(super) stage: Stage,
     draft: Draft,
 }
 
