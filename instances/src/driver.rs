@@ -367,7 +367,7 @@ impl Driver for QemuDriver {
         let setup = self.setup();
         let path = setup.saved(SavedFile::Suspended);
         room_for(&setup.folder, setup.memory)?;
-        files::remove_file(&path)?;
+        files::discard(&path)?;
         let file = files::create_private(&path)?;
         let running = vm.vm.process().command_line()?;
         vm.vm.pause().await?;
@@ -389,13 +389,13 @@ impl Driver for QemuDriver {
     async fn unsave(&self, vm: &RunningVm) -> Result<()> {
         vm.vm.cancel_save().await;
         let resumed = vm.vm.resume().await;
-        files::remove_file(&self.setup().saved(SavedFile::Suspended))?;
+        files::discard(&self.setup().saved(SavedFile::Suspended))?;
         resumed
     }
 
     fn forget(&self, saved: &Saved) {
         if saved.file == SavedFile::Suspended
-            && let Err(err) = files::remove_file(&self.setup().saved(saved.file))
+            && let Err(err) = files::discard(&self.setup().saved(saved.file))
         {
             tracing::warn!(instance = %self.name(), %err, "its saved memory can't be removed");
         }

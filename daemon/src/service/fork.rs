@@ -134,7 +134,7 @@ impl Service {
         driver::room_for(&folder, row.spec.memory)?;
         let (_, disk) = self.freeze_disk(source).await?;
         let memory = MemoryFile(folder.join("fork.memory"));
-        files::remove_file(&memory.0)?;
+        files::discard(&memory.0)?;
         let file = files::create_private(&memory.0)?;
         report.phase(Phase::Saving);
         let freeze = Freeze {
@@ -234,7 +234,7 @@ struct MemoryFile(PathBuf);
 
 impl Drop for MemoryFile {
     fn drop(&mut self) {
-        if let Err(err) = files::remove_file(&self.0) {
+        if let Err(err) = files::discard(&self.0) {
             tracing::warn!(%err, "a fork's memory can't be removed");
         }
     }

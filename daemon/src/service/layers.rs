@@ -114,6 +114,7 @@ impl Service {
             })
             .await?;
         super::blocking(move || {
+            files::discard(&disk)?;
             std::fs::rename(restored(&disk), &disk)
                 .io(format_args!("Replacing {}", disk.display()))?;
             sync_beside(&disk)

@@ -9,7 +9,8 @@ use pileus_api::{
     StopRequest,
 };
 use pileus_base::{Code, Error, Phase, Reporter, Result, files};
-use pileus_instances::machine::{BOOT_TIMEOUT, SHUTDOWN_TIMEOUT};
+use pileus_instances::driver;
+use pileus_instances::machine::{BOOT_TIMEOUT, SHUTDOWN_TIMEOUT, SavedFile};
 
 use super::admission::Start;
 use super::registry::Instance;
@@ -250,8 +251,10 @@ impl Service {
         // One whose launch broke off may have a VM that no task owns.
         super::wiring::kill_leftover(&self.parts.layout, row.id).await;
         files::remove_folder(&self.parts.layout.instance_run(row.id))?;
-        files::remove_file(&super::wiring::disk(&self.parts.layout, &row))?;
-        files::remove_folder(&self.parts.layout.instance(row.id))?;
+        let folder = self.parts.layout.instance(row.id);
+        files::discard(&super::wiring::disk(&self.parts.layout, &row))?;
+        files::discard(&driver::saved(&folder, SavedFile::Suspended))?;
+        files::remove_folder(&folder)?;
         self.parts
             .state
             .run(move |tx| state::instances::remove(tx, row.id))

@@ -291,7 +291,7 @@ impl Service {
                     driver::saved(&folder, SavedFile::Suspended),
                     driver::saved(&folder, saved.file),
                 );
-                files::remove_file(&own)?;
+                files::discard(&own)?;
                 std::fs::hard_link(&kept, &own).io(format_args!("Linking {}", kept.display()))?;
                 saved.file = SavedFile::Suspended;
                 Some(saved)
@@ -337,7 +337,7 @@ impl Service {
             })
             .await?;
         let folder = self.parts.layout.instance(row.id);
-        files::remove_file(&driver::saved(&folder, SavedFile::Snapshot(id)))?;
+        files::discard(&driver::saved(&folder, SavedFile::Snapshot(id)))?;
         self.drop_unused(&gone.layers).map(drop)
     }
 }

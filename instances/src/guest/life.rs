@@ -18,12 +18,16 @@ impl Guest {
     /// Tells a guest that stood still what time it is, gives it fresh randomness, and has it end what is
     /// left of the connections that it had then. To be called when its processors run again.
     pub async fn resumed(&self, bound: Duration) -> Result<()> {
-        let until = Instant::now() + bound;
+        let began = Instant::now();
+        let until = began + bound;
         self.heard("resumed", until).await?;
+        let heard = began.elapsed();
         // Now, because the guest may have needed a while to answer.
         let (entropy, time) = (warm::entropy()?, warm::now());
         let args = json!({ "entropy": hex(&entropy), "time": time });
-        match self.ask("resumed", args, until).await {
+        let told = self.ask("resumed", args, until).await;
+        tracing::debug!(?heard, answered = ?began.elapsed(), "the guest knows that it stood still");
+        match told {
             // Saved under an older pileus: its agent knows this much.
             Err(err) if err.code == Code::ExecFailed && err.message.contains("unknown request") => {
                 let args = json!({ "unix": warm::now() });

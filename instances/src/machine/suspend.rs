@@ -103,16 +103,24 @@ impl<D: Driver> Actor<D> {
         let driver = self.config.driver.clone();
         let vm = report.or_cancelled(driver.start_empty(&saved)).await?;
         self.own(vm);
+        let started = began.elapsed();
         if let Some(vm) = &self.vm {
             report.or_cancelled(driver.load(vm, &saved)).await?;
         }
+        let loaded = began.elapsed();
         self.config.snapshot.suspended = None;
         if let Err(err) = self.save().await {
             self.config.snapshot.suspended = Some(saved);
             return Err(err);
         }
         driver.forget(&saved);
+        let forgotten = began.elapsed();
         self.after_load().await;
+        let told = began.elapsed();
+        tracing::debug!(
+            instance = %self.name(), ?started, ?loaded, ?forgotten, ?told,
+            "it goes on where it was saved"
+        );
         self.note_phase(Phase::Resuming, began);
         self.finish_boot(timeout, report).await
     }

@@ -145,7 +145,7 @@ impl Service {
             }
             let path = self.parts.layout.layer(layer.0);
             freed += files::allocated(&path);
-            files::remove_file(&path)?;
+            files::discard(&path)?;
         }
         Ok(Size(freed))
     }
