@@ -86,11 +86,7 @@ impl Operations {
             created_at: state::now(),
             ended_at: None,
         };
-        let record = operation.clone();
-        self.inner
-            .state
-            .run(move |tx| state::operations::put(tx, &record))
-            .await?;
+        self.record(operation.clone()).await?;
         let now = Instant::now();
         let entry = Arc::new(Entry {
             operation: Mutex::new(operation.clone()),
@@ -143,22 +139,25 @@ impl Operations {
             operation.error = done.err().map(Into::into);
             operation.clone()
         };
-        let record = operation.clone();
-        let kept = self
-            .inner
-            .state
-            .run(move |tx| state::operations::put(tx, &record))
-            .await;
-        if let Err(err) = kept {
-            tracing::error!(%err, "the end of an operation can't be recorded");
-        }
+        let kept = self.record(operation.clone()).await;
         let operation = Box::new(operation);
         let _ = entry.events.send(OperationEvent::Done {
             operation: operation.clone(),
         });
         entry.over.send_replace(true);
-        lock(&self.inner.running).remove(&operation.id);
+        match kept {
+            Ok(()) => drop(lock(&self.inner.running).remove(&operation.id)),
+            // The record says that it runs; so its end is told from memory.
+            Err(err) => tracing::error!(%err, "the end of an operation can't be recorded"),
+        }
         self.inner.hub.send(Event::Operation { operation });
+    }
+
+    async fn record(&self, operation: Operation) -> Result<()> {
+        let state = &self.inner.state;
+        state
+            .run(move |tx| state::operations::put(tx, &operation))
+            .await
     }
 
     fn entry(&self, id: Uuid) -> Option<Arc<Entry>> {
@@ -204,12 +203,12 @@ impl Operations {
         if let Some(entry) = self.entry(id) {
             // Both under the lock: nothing falls between the state and the first event.
             let operation = lock(&entry.operation);
-            if !operation.is_over() {
-                return Ok(Follow {
-                    operation: operation.clone(),
-                    events: Some(entry.events.subscribe()),
-                });
-            }
+            // One that is just over is told from here: its end may not be in the database yet.
+            let events = (!operation.is_over()).then(|| entry.events.subscribe());
+            return Ok(Follow {
+                operation: operation.clone(),
+                events,
+            });
         }
         Ok(Follow {
             operation: self.ended(id).await?,
@@ -345,6 +344,43 @@ mod tests {
         // It can still be asked for.
         let again = operations.wait(begun.id, Duration::ZERO).await.unwrap();
         assert_eq!(again, *done);
+    }
+
+    #[tokio::test]
+    async fn one_that_is_over_is_told_as_over_before_its_end_is_recorded() {
+        let (_dir, operations) = operations();
+        let (go, wait) = tokio::sync::oneshot::channel::<()>();
+        let begun = operations
+            .begin(OperationKind::Stop, "foo", |_| async move {
+                let _ = wait.await;
+                Err(Error::new(Code::ShutdownTimeout, "it did not"))
+            })
+            .await
+            .unwrap();
+        // The disk is busy: nothing is written until we say so.
+        let (free, busy) = std::sync::mpsc::channel::<()>();
+        let state = operations.inner.state.clone();
+        let hold = tokio::spawn(async move {
+            state
+                .run(move |_| {
+                    let _ = busy.recv();
+                    Ok(())
+                })
+                .await
+        });
+        tokio::task::yield_now().await;
+        go.send(()).unwrap();
+        while !operations.get(begun.id).await.unwrap().is_over() {
+            tokio::task::yield_now().await;
+        }
+        let follow = operations.follow(begun.id);
+        let follow = tokio::time::timeout(Duration::from_secs(5), follow).await;
+        let follow = follow.expect("it does not wait for the disk").unwrap();
+        assert!(follow.events.is_none());
+        assert_eq!(follow.operation.state, OperationState::Failed);
+        assert_eq!(follow.operation.error.unwrap().code, Code::ShutdownTimeout);
+        free.send(()).unwrap();
+        hold.await.unwrap().unwrap();
     }
 
     #[tokio::test]
