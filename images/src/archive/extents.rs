@@ -7,8 +7,10 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::SeekFrom;
 
+use crate::sparse::is_zero;
+
 /// Zeros are looked for in whole blocks of this size.
-const BLOCK: u64 = 4096;
+pub const BLOCK: u64 = 4096;
 /// Holes that are shorter are written as zeros: an entry of the map costs something as well.
 const SHORTEST_HOLE: u64 = 64 << 10;
 /// A file with more gets longer shortest holes, and a reader takes no more.
@@ -95,7 +97,7 @@ impl<'a> Source<'a> {
                 let len = (end - at).min(CHUNK as u64) as usize;
                 self.read_at(&mut buffer[..len], at)?;
                 for block in buffer[..len].chunks(BLOCK as usize) {
-                    if block.iter().any(|byte| *byte != 0) {
+                    if !is_zero(block) {
                         found.add(at, block.len() as u64);
                     }
                     at += block.len() as u64;
@@ -107,8 +109,10 @@ impl<'a> Source<'a> {
     }
 }
 
-struct Found {
-    extents: Vec<Extent>,
+/// A map in the making: runs of data that are near to each other become one.
+#[derive(Debug)]
+pub struct Found {
+    pub extents: Vec<Extent>,
     shortest: u64,
 }
 
@@ -122,7 +126,8 @@ impl Default for Found {
 }
 
 impl Found {
-    fn add(&mut self, offset: u64, len: u64) {
+    /// The next data, in order.
+    pub fn add(&mut self, offset: u64, len: u64) {
         match self.extents.last_mut() {
             Some(last) if offset < last.end() + self.shortest => {
                 last.len = offset + len - last.offset

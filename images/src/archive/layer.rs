@@ -13,8 +13,9 @@ use super::extents::Source;
 use super::read::bad;
 use crate::qcow2::header::{self, Header};
 
-const HEADER: usize = 112;
-const VERSION_3: u32 = 3;
+/// Bytes of a header as QEMU writes it today.
+pub(crate) const HEADER: usize = 112;
+pub(crate) const VERSION_3: u32 = 3;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Fields that are kept: cluster bits, virtual size and crypt method; the tables and snapshots; the features
 /// that a reader must know; the refcounts' width.
@@ -95,7 +96,7 @@ fn clean(file: &File, below: Option<(&str, &str)>) -> Result<Vec<u8>> {
 }
 
 /// The format's extension, the end of the extensions, and the name behind them; not if there is no room.
-fn put_below(head: &mut [u8], name: &str, format: &str) {
+pub(crate) fn put_below(head: &mut [u8], name: &str, format: &str) {
     let format_end = HEADER + 8 + format.len().next_multiple_of(8);
     let at = format_end + 8;
     // QEMU takes 1023 bytes.

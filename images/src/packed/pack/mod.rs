@@ -1,0 +1,284 @@
+//! A disk and a machine → `image.tar.zst`, as a stream or as a file that is there whole or not there. The same
+//! content gives the same bytes: whatever the file system has of the disk, whoever packs it and in how many
+//! threads.
+//!
+//! ```text
+//! survey   the disk's data, holes and digest     many threads, page cache warm afterwards
+//! layer    an empty layer.qcow2
+//! ```
+//!
+//! The small members go first, so that who looks at an archive needs not read all of it.
+//!
+//! Next step: `unpack` takes it in again.
+
+mod layer;
+mod survey;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt, files};
+use sha2::Digest as _;
+
+use super::machine::Machine;
+use super::manifest::{DiskMember, Manifest, Member, Members, Provenance};
+use super::{DISK, LAYER, MACHINE, MANIFEST};
+use crate::archive::extents::{Extent, is_dense};
+use crate::archive::out::{Tar, compress, failed};
+use survey::{Survey, survey};
+
+const LOOKING: &str = "Looking at the disk";
+const SECTOR: u64 = 512;
+/// What is read at once.
+const PIECE: u64 = 1 << 20;
+
+/// What an archive is made of.
+#[derive(Debug, Clone)]
+pub struct PackSource<'a> {
+    /// Raw, of whole sectors; it must not change meanwhile.
+    pub disk: &'a File,
+    pub machine: &'a Machine,
+    pub provenance: Provenance,
+}
+
+/// An archive that was made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Packed {
+    /// SHA-256 of the archive: the image's name in a store that takes it in.
+    pub digest: Digest,
+    /// Bytes of the archive.
+    pub size: u64,
+    pub manifest: Manifest,
+}
+
+/// Writes an archive to a stream. Blocks; `threads` (at least one) look at the disk, and as many compress.
+/// A reader that has gone is [`Code::Cancelled`].
+pub fn pack(
+    source: &PackSource<'_>,
+    to: impl Write,
+    threads: usize,
+    report: &Reporter,
+) -> Result<Packed> {
+    report.phase(Phase::Archiving);
+    let before = State::of(source.disk)?;
+    let size = before.size;
+    if size == 0 || !size.is_multiple_of(SECTOR) {
+        return Err(Error::new(
+            Code::InvalidArgument,
+            format!("A disk of {size} bytes can't be packed: it must consist of whole sectors"),
+        ));
+    }
+    let allocated = source.disk.metadata().io(LOOKING)?.blocks() * 512;
+    let mut progress = Progress::new(report, allocated.min(size));
+    let seen = survey(source.disk, size, threads, &mut |bytes| {
+        progress.moved(bytes)
+    })?;
+    let layer = layer::empty(size)?;
+    let machine = source.machine.to_json();
+    let manifest = Manifest::new(
+        Members {
+            disk: DiskMember {
+                size,
+                data: seen.data,
+                digest: seen.digest.clone(),
+            },
+            layer: Member::of(&layer),
+            machine: Member::of(&machine),
+        },
+        source.provenance.clone(),
+    );
+    let mut tar = Tar::new(compress(Hashed::new(to), threads as u32)?);
+    tar.bytes(MANIFEST, &manifest.to_json()?)?;
+    tar.bytes(MACHINE, &machine)?;
+    tar.bytes(LAYER, &layer)?;
+    put_disk(&mut tar, source.disk, size, &seen, &mut progress)?;
+    let mut hashed = tar.finish()?.finish().map_err(failed)?;
+    hashed.flush().map_err(failed)?;
+    if State::of(source.disk)? != before {
+        return Err(Error::new(
+            Code::WrongState,
+            "The disk was written to while it was packed",
+        )
+        .advise("Stop what uses it, and pack it again."));
+    }
+    Ok(Packed {
+        digest: Digest::from_bytes(hashed.hash.finalize().into()),
+        size: hashed.written,
+        manifest,
+    })
+}
+
+fn put_disk<W: Write>(
+    tar: &mut Tar<W>,
+    disk: &File,
+    size: u64,
+    seen: &Survey,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
+    progress.write(&seen.extents);
+    tar.begin_member(DISK, &seen.extents, size, is_dense(&seen.extents, size))?;
+    let mut buffer = vec![0; PIECE as usize];
+    for extent in &seen.extents {
+        let mut at = extent.offset;
+        while at < extent.end() {
+            let piece = &mut buffer[..(extent.end() - at).min(PIECE) as usize];
+            disk.read_exact_at(piece, at).io("Reading the disk")?;
+            tar.data(piece)?;
+            at += piece.len() as u64;
+            progress.moved(piece.len() as u64)?;
+        }
+    }
+    tar.end_member()
+}
+
+/// Writes an archive to a file: whole and synced, in place of what was there; or, if it fails or is cancelled,
+/// not at all. Blocks.
+pub fn pack_to_file(
+    source: &PackSource<'_>,
+    target: &Path,
+    threads: usize,
+    report: &Reporter,
+) -> Result<Packed> {
+    let (temp, file) = Temp::beside(target)?;
+    let packed = pack(source, &file, threads, report)?;
+    let what = || format!("Writing {}", target.display());
+    file.sync_all().io(what())?;
+    report.check()?;
+    temp.become_target(target).io(what())?;
+    Ok(packed)
+}
+
+/// A file that is removed unless it takes its target's place.
+struct Temp {
+    path: PathBuf,
+}
+
+impl Temp {
+    fn beside(target: &Path) -> Result<(Self, File)> {
+        let name = target.file_name().filter(|_| !target.is_dir());
+        let name = name.ok_or_else(|| {
+            Error::new(
+                Code::InvalidArgument,
+                format!("{} is no name for a file", target.display()),
+            )
+        })?;
+        let mut hidden = std::ffi::OsString::from(".");
+        hidden.push(name);
+        hidden.push(format!(".{}.part", uuid::Uuid::new_v4().simple()));
+        let path = target.with_file_name(hidden);
+        let mut options = File::options();
+        let file = options
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .io(format_args!("Creating {}", target.display()))?;
+        Ok((Self { path }, file))
+    }
+
+    fn become_target(self, target: &Path) -> io::Result<()> {
+        std::fs::rename(&self.path, target)?;
+        // There is no such file any more.
+        std::mem::forget(self);
+        let folder = target.parent().filter(|path| *path != Path::new(""));
+        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+    }
+}
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        if let Err(err) = files::remove_file(&self.path) {
+            tracing::warn!(%err, "a half-written archive was left");
+        }
+    }
+}
+
+/// What shows that a file was written to.
+#[derive(Debug, PartialEq, Eq)]
+struct State {
+    size: u64,
+    modified: (i64, i64),
+}
+
+impl State {
+    fn of(file: &File) -> Result<Self> {
+        let found = file.metadata().io(LOOKING)?;
+        Ok(Self {
+            size: found.len(),
+            modified: (found.mtime(), found.mtime_nsec()),
+        })
+    }
+}
+
+/// Counts and hashes what goes through.
+struct Hashed<W> {
+    to: W,
+    hash: sha2::Sha256,
+    written: u64,
+}
+
+impl<W> Hashed<W> {
+    fn new(to: W) -> Self {
+        Self {
+            to,
+            hash: sha2::Sha256::new(),
+            written: 0,
+        }
+    }
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let len = self.to.write(bytes)?;
+        self.hash.update(&bytes[..len]);
+        self.written += len as u64;
+        Ok(len)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
+/// The disk is looked at, which is told as the first tenth of the work, and then written.
+struct Progress<'a> {
+    report: &'a Reporter,
+    /// Bytes that the disk has by what its file system says.
+    whole: u64,
+    /// Of `of` in this part.
+    done: u64,
+    of: u64,
+    writing: bool,
+}
+
+impl<'a> Progress<'a> {
+    fn new(report: &'a Reporter, whole: u64) -> Self {
+        Self {
+            report,
+            whole,
+            done: 0,
+            of: whole,
+            writing: false,
+        }
+    }
+
+    fn write(&mut self, extents: &[Extent]) {
+        self.done = 0;
+        self.of = extents.iter().map(|extent| extent.len).sum();
+        self.writing = true;
+    }
+
+    fn moved(&mut self, bytes: u64) -> Result<()> {
+        self.done += bytes;
+        let tenth = self.whole / 10;
+        let (before, share) = match self.writing {
+            false => (0, tenth),
+            true => (tenth, self.whole - tenth),
+        };
+        let part = u128::from(share) * u128::from(self.done.min(self.of));
+        let part = part / u128::from(self.of.max(1));
+        self.report.progress(before + part as u64, Some(self.whole));
+        self.report.check()
+    }
+}
