@@ -13,6 +13,9 @@ mod manifest;
 #[path = "../../images/src/archive/member.rs"]
 #[allow(dead_code)]
 mod member;
+#[path = "../../images/src/archive/parts.rs"]
+#[allow(dead_code)]
+mod parts;
 #[path = "../../images/src/archive/read.rs"]
 #[allow(dead_code)]
 mod read;

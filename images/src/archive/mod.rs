@@ -12,9 +12,12 @@
 //! ```text
 //! extents   a file's data by its zero blocks
 //! write     members → tar → zstd              stops when nobody reads
+//! out       a tar's headers and data, and zstd around them
 //! read      zstd → tar → members              for archives that nobody trusts: an allow-list with budgets
 //! member    what both ways share: digests, blocks
+//! parts     what both strict readers of tars share: numbers, checksums, sparse maps (`packed/members`)
 //! content   what an image consists of, and an image of the store out of an archive
+//! flatten   one disk of an instance's layers, for an image of the store
 //! layer     a qcow2 layer's head without names of files, and with ours
 //! ```
 //!
@@ -26,8 +29,11 @@
 
 mod content;
 pub mod extents;
+mod flatten;
 pub mod layer;
-mod member;
+pub(crate) mod member;
+pub(crate) mod out;
+pub(crate) mod parts;
 pub mod read;
 pub mod write;
 

@@ -2,25 +2,23 @@
 //! (ordinary files and GNU's old sparse ones, names of printable ASCII), the whole of it is accounted for, and
 //! what it may cost is given before. It must never panic, whatever the bytes (see `fuzz/`).
 //!
-//! Sparse members in the PAX form are refused by name for now; images will need them.
+//! Sparse members in the PAX form are refused by name: pileus writes none. Images that come from elsewhere may have
+//! them; their reader is `packed/members`, and what both share is in `parts`.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 
 use pileus_base::{Code, Digest, Error, Result};
-use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
+use tar::{EntryType, GnuExtSparseHeader, Header};
 
 use super::extents::{self, Extent};
 use super::member::{BLOCK, MemberHash, Moved};
+use super::parts::{self, Fault, MAX_WINDOW_LOG, MOST_PADDING, SparseMap};
 use crate::sparse::SparseWriter;
 
 /// Gets the place of each piece in the file, and the piece.
 type Each<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<()>;
 
-/// 2^27 bytes: what a decoder may allocate for an archive, and what the ancestor's readers took.
-const MAX_WINDOW_LOG: u32 = 27;
-/// Zeros behind the end: a tar's last record, and as much again as anybody may have padded it with.
-const MOST_PADDING: u64 = 1 << 20;
 const CHUNK: usize = 256 << 10;
 
 /// Decompresses; what it gives is a tar.
@@ -103,13 +101,7 @@ impl<R: Read> Reader<R> {
 
     fn member(&mut self, header: &Header) -> Result<Member> {
         let name = name_of(header)?;
-        let stored = header
-            .entry_size()
-            .map_err(|_| bad("a size is no number"))?;
-        // Sums of two such numbers can't overflow.
-        if stored > 1 << 62 {
-            return Err(bad("a size makes no sense"));
-        }
+        let stored = parts::number(&header.as_bytes()[124..136])?;
         if header.link_name_bytes().is_some() {
             return Err(bad(&format!("{name} is a link")));
         }
@@ -138,28 +130,24 @@ impl<R: Read> Reader<R> {
     fn sparse(&mut self, header: &Header, name: String, stored: u64) -> Result<Member> {
         let gnu = header.as_gnu();
         let gnu = gnu.ok_or_else(|| bad("a sparse member has no GNU header"))?;
-        let size = gnu.real_size().map_err(|_| bad("a size is no number"))?;
-        let mut map = Map {
-            size,
-            extents: Vec::new(),
-            ended: false,
-        };
-        map.add(&gnu.sparse)?;
+        let size = parts::number(&gnu.realsize)?;
+        let mut map = SparseMap::new(size, extents::MOST);
+        map.add_all(&gnu.sparse)?;
         let mut more = gnu.is_extended();
         while more {
             let mut entries = GnuExtSparseHeader::new();
             self.fill(entries.as_mut_bytes())?;
-            map.add(entries.sparse())?;
+            map.add_all(entries.sparse())?;
             more = entries.is_extended();
         }
-        let sum: u64 = map.extents.iter().map(|extent| extent.len).sum();
+        let (extents, sum) = map.finish();
         if sum != stored {
             return Err(bad(&format!("the extents of {name} are not its size")));
         }
         Ok(Member {
             name,
             size,
-            extents: map.extents,
+            extents,
             stored,
             sparse: true,
         })
@@ -266,58 +254,9 @@ impl<R: Read> Reader<R> {
     }
 }
 
-/// A sparse member's map as it comes in.
-struct Map {
-    size: u64,
-    extents: Vec<Extent>,
-    /// Behind the entry that only tells the file's end.
-    ended: bool,
-}
-
-impl Map {
-    fn add(&mut self, entries: &[GnuSparseHeader]) -> Result<()> {
-        for entry in entries.iter().filter(|entry| !entry.is_empty()) {
-            let number = |n: io::Result<u64>| n.map_err(|_| bad("an extent is no number"));
-            let extent = Extent {
-                offset: number(entry.offset())?,
-                len: number(entry.length())?,
-            };
-            let before = self.extents.last().map_or(0, |last| last.end());
-            let end = extent.offset.checked_add(extent.len);
-            let inside = end.is_some_and(|end| end <= self.size) && extent.offset >= before;
-            if !inside || self.ended {
-                return Err(bad("an extent lies outside of its file, or in another one"));
-            }
-            if extent.len == 0 {
-                if extent.offset != self.size {
-                    return Err(bad("an extent is empty"));
-                }
-                self.ended = true;
-                continue;
-            }
-            if self.extents.len() >= extents::MOST {
-                return Err(bad("a member has too many extents"));
-            }
-            self.extents.push(extent);
-        }
-        Ok(())
-    }
-}
-
 fn name_of(header: &Header) -> Result<String> {
-    let stored = header.cksum().map_err(|_| bad("a checksum is no number"))?;
     let bytes = header.as_bytes();
-    let sum: u32 = bytes
-        .iter()
-        .enumerate()
-        .map(|(at, byte)| match (148..156).contains(&at) {
-            true => u32::from(b' '),
-            false => u32::from(*byte),
-        })
-        .sum();
-    if sum != stored {
-        return Err(bad("it is no tar, or damaged"));
-    }
+    parts::checksum(bytes)?;
     let prefixed = match (header.as_gnu(), header.as_ustar()) {
         (Some(_), _) => false,
         (_, Some(ustar)) => ustar.prefix[0] != 0,
@@ -330,6 +269,12 @@ fn name_of(header: &Header) -> Result<String> {
         return Err(bad("a member has no name that an archive of pileus has"));
     }
     Ok(String::from_utf8_lossy(name).into_owned())
+}
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        bad(&fault.to_string())
+    }
 }
 
 /// The error of an archive that is not as it must be.

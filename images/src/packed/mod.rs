@@ -23,6 +23,7 @@
 //! Next step: `bring` (the store takes one in), `manager` (the ancestor's way to use them).
 
 pub mod digest;
+pub mod frames;
 pub mod layer;
 pub mod machine;
 pub mod manifest;

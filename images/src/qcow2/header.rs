@@ -1,7 +1,10 @@
 //! A strict parser of qcow2 headers, for images that come from outside. It is an allow-list: what
 //! it doesn't know, it refuses. It must never panic, whatever the bytes (see `fuzz/`).
 //!
-//! Next step for an image that passes: `convert`.
+//! Two kinds of files pass: images, which stand alone ([`parse`]), and layers of packed images, which stand on
+//! one file by a fixed name and use less of the format ([`parse_layer`]).
+//!
+//! Next step for an image that passes: `convert`; for a layer: `packed/layer`.
 
 use std::fmt;
 
@@ -22,6 +25,10 @@ const CORRUPT: u64 = 1 << 1;
 const DATA_FILE: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
+
+const LAZY_REFCOUNTS: u64 = 1;
+const AUTOCLEAR_BITMAPS: u64 = 1;
+const AUTOCLEAR_DATA_FILE: u64 = 1 << 1;
 
 const EXT_END: u32 = 0;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
@@ -54,6 +61,10 @@ pub enum Refusal {
     RefcountTable,
     Extension(u32),
     Bitmaps,
+    BackingName,
+    BackingFormat,
+    /// Virtual size and the one that was wanted, in bytes.
+    Size(u64, u64),
 }
 
 impl fmt::Display for Refusal {
@@ -86,6 +97,12 @@ impl fmt::Display for Refusal {
             }
             Self::Extension(kind) => write!(f, "its header extension {kind:#x} is not allowed"),
             Self::Bitmaps => write!(f, "it holds persistent bitmaps"),
+            Self::BackingName => write!(f, "it stands on another file than it should"),
+            Self::BackingFormat => write!(
+                f,
+                "it doesn't say the right format of the file that it stands on"
+            ),
+            Self::Size(size, want) => write!(f, "its virtual size is {size} bytes, not {want}"),
         }
     }
 }
@@ -109,11 +126,41 @@ pub struct Header {
     pub cluster_bits: u32,
     pub zstd: bool,
     pub extended_l2: bool,
+    /// Where the L1 table lies in the file, and how many entries it has.
+    pub l1_offset: u64,
+    pub l1_entries: u32,
+}
+
+/// What a layer stands on.
+#[derive(Debug, Clone, Copy)]
+pub struct Below<'a> {
+    pub name: &'a [u8],
+    pub format: &'a [u8],
+    /// Bytes; the layer is of the same size.
+    pub size: u64,
 }
 
 /// Parses the beginning of a file of `file_len` bytes. `head` is the file's first [`HEAD`] bytes, or
 /// all of it; `max_size` bounds the virtual size, in bytes.
 pub fn parse(head: &[u8], file_len: u64, max_size: u64) -> Result<Header, Refusal> {
+    parse_on(head, file_len, max_size, None)
+}
+
+/// The same for a layer, which must stand on just the file that it should.
+pub fn parse_layer(head: &[u8], file_len: u64, below: Below<'_>) -> Result<Header, Refusal> {
+    let header = parse_on(head, file_len, u64::MAX, Some(below))?;
+    match header.virtual_size == below.size {
+        true => Ok(header),
+        false => Err(Refusal::Size(header.virtual_size, below.size)),
+    }
+}
+
+fn parse_on(
+    head: &[u8],
+    file_len: u64,
+    max_size: u64,
+    below: Option<Below<'_>>,
+) -> Result<Header, Refusal> {
     let raw = Fields(head);
     if head.get(..4) != Some(&MAGIC) {
         return Err(Refusal::NotQcow2);
@@ -122,7 +169,7 @@ pub fn parse(head: &[u8], file_len: u64, max_size: u64) -> Result<Header, Refusa
     if !(2..=3).contains(&version) {
         return Err(Refusal::Version(version));
     }
-    if raw.u64(8)? != 0 || raw.u32(16)? != 0 {
+    if below.is_none() && (raw.u64(8)? != 0 || raw.u32(16)? != 0) {
         return Err(Refusal::BackingFile);
     }
     let cluster_bits = raw.u32(20)?;
@@ -147,6 +194,9 @@ pub fn parse(head: &[u8], file_len: u64, max_size: u64) -> Result<Header, Refusa
     } else {
         Features::default()
     };
+    if version == 3 && below.is_some() {
+        known_features_only(raw)?;
+    }
     check_tables(
         raw,
         file_len,
@@ -154,14 +204,50 @@ pub fn parse(head: &[u8], file_len: u64, max_size: u64) -> Result<Header, Refusa
         cluster_bits,
         features.extended_l2,
     )?;
-    check_extensions(raw, features.header_length.max(V2_LENGTH), cluster_bits)?;
+    let begin = features.header_length.max(V2_LENGTH);
+    let format = below.map(|below| below.format);
+    let end = check_extensions(raw, begin, cluster_bits, format)?;
+    if let Some(below) = below {
+        check_name(raw, end, cluster_bits, below.name)?;
+    }
     Ok(Header {
         version,
         virtual_size,
         cluster_bits,
         zstd: features.zstd,
         extended_l2: features.extended_l2,
+        l1_offset: raw.u64(40)?,
+        l1_entries: raw.u32(36)?,
     })
+}
+
+/// Features that a reader may ignore, or that a writer clears: an image may have them, a layer that came in an archive
+/// has at most lazy refcounts, as the ancestor made them.
+fn known_features_only(raw: Fields<'_>) -> Result<(), Refusal> {
+    let (compatible, autoclear) = (raw.u64(80)?, raw.u64(88)?);
+    if autoclear & AUTOCLEAR_BITMAPS != 0 {
+        return Err(Refusal::Bitmaps);
+    }
+    if autoclear & AUTOCLEAR_DATA_FILE != 0 {
+        return Err(Refusal::DataFile);
+    }
+    match compatible & !LAZY_REFCOUNTS | autoclear {
+        0 => Ok(()),
+        unknown => Err(Refusal::UnknownFeature(unknown)),
+    }
+}
+
+/// The name of the file below: just these bytes, behind the extensions, in the first cluster.
+fn check_name(raw: Fields<'_>, from: usize, cluster_bits: u32, name: &[u8]) -> Result<(), Refusal> {
+    let at = usize::try_from(raw.u64(8)?).map_err(|_| Refusal::BackingName)?;
+    let len = raw.u32(16)? as usize;
+    let inside = at
+        .checked_add(len)
+        .is_some_and(|end| end <= 1 << cluster_bits);
+    if at < from || !inside || len != name.len() || raw.bytes(at, len)? != name {
+        return Err(Refusal::BackingName);
+    }
+    Ok(())
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -249,20 +335,35 @@ fn check_tables(
     Ok(())
 }
 
-/// Extensions follow the header and end within the first cluster.
-fn check_extensions(raw: Fields<'_>, mut at: usize, cluster_bits: u32) -> Result<(), Refusal> {
+/// Extensions follow the header and end within the first cluster. With `format` there is the one that says the format
+/// of the file below, once. Returns where they end.
+fn check_extensions(
+    raw: Fields<'_>,
+    mut at: usize,
+    cluster_bits: u32,
+    format: Option<&[u8]>,
+) -> Result<usize, Refusal> {
     let end = 1_usize << cluster_bits;
+    let mut seen = false;
     loop {
         // No room for another one is an end as well, as QEMU sees it.
-        if at + 8 > end {
-            return Ok(());
+        let kind = if at + 8 > end { EXT_END } else { raw.u32(at)? };
+        if kind == EXT_END {
+            return match format.is_some() == seen {
+                true => Ok((at + 8).min(end)),
+                false => Err(Refusal::BackingFormat),
+            };
         }
-        let kind = raw.u32(at)?;
         let len = raw.u32(at + 4)? as usize;
         match kind {
-            EXT_END => return Ok(()),
             EXT_FEATURE_NAMES => {}
-            EXT_BACKING_FORMAT => return Err(Refusal::BackingFile),
+            EXT_BACKING_FORMAT => match format {
+                None => return Err(Refusal::BackingFile),
+                Some(format) if seen || raw.bytes(at + 8, len)? != format => {
+                    return Err(Refusal::BackingFormat);
+                }
+                Some(_) => seen = true,
+            },
             EXT_DATA_FILE => return Err(Refusal::DataFile),
             EXT_ENCRYPTION => return Err(Refusal::Encrypted),
             EXT_BITMAPS => return Err(Refusal::Bitmaps),

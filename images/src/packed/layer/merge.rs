@@ -1,0 +1,135 @@
+//! Merging a layer that was judged into the disk below it: qemu-img in bounds, told which file is which node.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
+use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt, Size, files};
+use serde_json::json;
+use tokio::process::Command;
+
+use super::super::digest::{self, DiskDigest};
+use super::super::unpack::{Layer, Unpacked};
+use super::super::{DISK, LAYER};
+use crate::format::Work;
+use crate::sparse::is_zero;
+use crate::store::Tools;
+use crate::tool::{self, Bounds};
+
+/// What qemu-img needs for its tables and buffers, with much to spare.
+const MEMORY: u64 = 2 << 30;
+/// `data` counts blocks of this size.
+const BLOCK: usize = 4096;
+
+/// Puts what the layer of `unpacked` has into the disk, and removes the layer.
+pub(crate) async fn merge(
+    work: &Work<'_>,
+    folder: &Path,
+    unpacked: &mut Unpacked,
+    report: &Reporter,
+) -> Result<()> {
+    merge_with(
+        work.tools,
+        work.stage,
+        work.limits.reserve,
+        folder,
+        unpacked,
+        report,
+    )
+    .await
+}
+
+/// The same for who has no store: `stage` marks qemu-img, `reserve` bytes stay free.
+pub async fn merge_with(
+    tools: &Tools,
+    stage: &str,
+    reserve: u64,
+    folder: &Path,
+    unpacked: &mut Unpacked,
+    report: &Reporter,
+) -> Result<()> {
+    report.phase(Phase::PreparingImage);
+    let folder = folder.canonicalize().io("Looking at a folder")?;
+    let (disk, layer) = (folder.join(DISK), folder.join(LAYER));
+    let length = std::fs::metadata(&layer).io("Looking at a layer")?.len();
+    let bounds = Bounds {
+        time: Duration::from_secs(3600),
+        grace: Duration::from_secs(2),
+        memory: Some(MEMORY),
+        file: Some(unpacked.disk_size.max(length)),
+    };
+    let mut command = Command::new(&tools.qemu_img);
+    // -d: the layer goes anyway, it needs not be emptied.
+    command
+        .args(["commit", "-q", "-d"])
+        .arg(format!("json:{}", nodes(&disk, &layer)?));
+    let room = || check_room(&folder, reserve);
+    room()?;
+    let done = tool::run(command, stage, bounds, report, &mut |_| (), &room).await?;
+    if !done.status.success() {
+        return Err(done.failed("Merging layer.qcow2 into the disk"));
+    }
+    files::remove_file(&layer)?;
+    let told = report.clone();
+    let looked = tokio::task::spawn_blocking(move || look_at(&disk, &told)).await;
+    (unpacked.disk, unpacked.data) =
+        looked.map_err(|err| Error::internal(format!("Hashing a disk panicked: {err}")))??;
+    unpacked.layer = Layer::Empty;
+    Ok(())
+}
+
+/// The two files as nodes, so that neither names another.
+fn nodes(disk: &Path, layer: &Path) -> Result<serde_json::Value> {
+    let file = |path: &Path| {
+        let name = path.to_str().ok_or_else(|| {
+            Error::new(
+                Code::InvalidArgument,
+                format!("The name of {} is no text", path.display()),
+            )
+        })?;
+        Ok::<_, Error>(json!({ "driver": "file", "filename": name }))
+    };
+    Ok(json!({
+        "driver": "qcow2",
+        "file": file(layer)?,
+        "backing": { "driver": "raw", "file": file(disk)? },
+    }))
+}
+
+fn check_room(folder: &Path, reserve: u64) -> Result<()> {
+    let free = files::free_space(folder)?;
+    if free >= reserve {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::NoSpace,
+        format!(
+            "{} has {} left, and {} have to stay free",
+            folder.display(),
+            Size(free),
+            Size(reserve)
+        ),
+    )
+    .advise("Free some space, or remove unused images with `pileus images prune`."))
+}
+
+/// The merged disk's digest, and how many bytes of data it has.
+fn look_at(disk: &Path, report: &Reporter) -> Result<(Digest, u64)> {
+    let file = File::open(disk).io("Opening the disk")?;
+    let size = file.metadata().io("Looking at the disk")?.len();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let found = digest::each_chunk(
+        &file,
+        size,
+        threads,
+        &mut |_| report.check(),
+        &|_, bytes| {
+            let data = bytes.chunks(BLOCK).filter(|block| !is_zero(block));
+            let data: u64 = data.map(|block| block.len() as u64).sum();
+            (data > 0).then(|| (digest::hash_of(bytes), data))
+        },
+    )?;
+    let chunks = found.iter().map(|(index, (hash, _))| (*index, hash));
+    let digest = DiskDigest::of_chunks(size, chunks);
+    Ok((digest, found.iter().map(|(_, (_, data))| data).sum()))
+}
