@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::lock::Hold;
 use crate::packed::Machine;
+use crate::verify::file_digest;
 
 /// The form of `image.json`; a reader refuses what is newer than itself.
 const FORMAT: u32 = 1;
@@ -297,6 +298,14 @@ impl Draft {
             std::fs::File::open(&path)
                 .and_then(|file| file.sync_all())
                 .io(format_args!("Syncing {}", path.display()))?;
+        }
+        for (there, path, digest) in [
+            (info.kernel, self.kernel(), &mut info.kernel_digest),
+            (info.initrd, self.initrd(), &mut info.initrd_digest),
+        ] {
+            if there && digest.is_none() {
+                *digest = Some(file_digest(&path)?);
+            }
         }
         info.disk_mark = Some(DiskMark::of(&self.disk())?);
         write_info(&self.folder, info)

@@ -42,6 +42,7 @@ mod stage;
 mod store;
 mod tags;
 mod tool;
+mod verify;
 
 pub use collect::{Budget, Removed};
 pub use fetch::Patience;
@@ -51,3 +52,4 @@ pub use lock::ItemLock;
 pub use lookup::CatalogWish;
 pub use reference::ImageRef;
 pub use store::{InUse, Limits, Listed, Store, StoreConfig, Tools};
+pub use verify::Verified;

@@ -1,4 +1,5 @@
-//! From a name to one item: asks the hosts in order, and lists what they have.
+//! From a name to one item: asks the hosts in order, and lists what they have. A name that a person gave to an
+//! image of the store (`tags`) goes before all hosts.
 //!
 //! Next step: `store` (brings the item).
 
@@ -6,7 +7,8 @@ use std::sync::Arc;
 
 use pileus_base::{Code, Error, Reporter, Result};
 
-use crate::hosts::{CatalogEntry, Host, Item};
+use crate::hosts::{About, CatalogEntry, Host, Item};
+use crate::image::ImageInfo;
 use crate::reference::ImageRef;
 use crate::store::Store;
 
@@ -146,6 +148,9 @@ impl Store {
 
     /// The one image that `reference` means, as a list shows it: under the name that was asked for.
     pub async fn search(&self, reference: &ImageRef) -> Result<CatalogEntry> {
+        if let Some(image) = self.tagged(reference)? {
+            return Ok(entry_of(reference, image.info()));
+        }
         let item = self.resolve(reference, &Reporter::silent()).await?;
         Ok(CatalogEntry {
             remote: String::new(),
@@ -155,5 +160,24 @@ impl Store {
             digest: item.expected,
             about: item.about,
         })
+    }
+}
+
+/// An image of the store as a catalogue shows it.
+fn entry_of(reference: &ImageRef, info: &ImageInfo) -> CatalogEntry {
+    CatalogEntry {
+        remote: String::new(),
+        name: reference.to_string(),
+        aliases: Vec::new(),
+        supported: true,
+        digest: Some(info.digest.clone()),
+        about: About {
+            os: info.os.clone(),
+            release: info.release.clone(),
+            title: info.title.clone(),
+            codename: info.codename.clone(),
+            version: info.version.clone(),
+            arch: info.arch.clone(),
+        },
     }
 }

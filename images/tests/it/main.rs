@@ -2,11 +2,15 @@
 
 mod archive;
 mod build;
+mod collect;
 mod crash;
 mod download;
 mod formats;
 mod overlay;
 mod server;
+mod share;
 mod store;
 mod streams;
 mod support;
+mod tags;
+mod verify;
