@@ -19,6 +19,7 @@ mod archive;
 mod exec;
 mod host;
 mod http;
+mod image_making;
 mod images;
 mod instances;
 mod operations;

@@ -4,10 +4,13 @@
 //! list.rs      list, info                    transfer.rs  import, export (files of this program's user)
 //! pull.rs      pull                          check.rs     verify, inspect
 //! remove.rs    remove, prune                 tags.rs      tag, untag
+//! pack.rs      pack                          build.rs     build
 //! ```
 
+mod build;
 mod check;
 mod list;
+mod pack;
 mod pull;
 mod remove;
 mod tags;
@@ -45,6 +48,8 @@ pub enum Action {
     Pull(pull::Args),
     Import(transfer::Import),
     Export(transfer::Export),
+    Pack(pack::Args),
+    Build(build::Args),
     Tag(tags::Tag),
     Untag(tags::Untag),
     Inspect(check::Inspect),
@@ -62,6 +67,8 @@ pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
         Action::Pull(args) => pull::run(context, &args, format).await,
         Action::Import(args) => transfer::import(context, &args, format).await,
         Action::Export(args) => transfer::export(context, &args).await,
+        Action::Pack(args) => pack::run(context, &args).await,
+        Action::Build(args) => build::run(context, &args).await,
         Action::Tag(args) => tags::tag(context, &args).await,
         Action::Untag(args) => tags::untag(context, &args).await,
         Action::Inspect(args) => check::inspect(context, &args, format).await,
