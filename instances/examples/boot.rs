@@ -55,6 +55,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         boot,
         nic: Nic::None,
         extra_nics: Vec::new(),
+        hardware: Default::default(),
+        growth: Default::default(),
         ram: Memory::Private,
         incoming: false,
         ends_with_daemon: false,

@@ -17,12 +17,34 @@ use pileus_instances::guest::exec::{ExecSpec, Output, Tty};
 use pileus_instances::guest::handle::Guest;
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::guest::seed::{self, SeedSpec};
-use pileus_instances::qemu::{Accelerator, Boot, Disk, MachineSpec, Memory, Nic, Paths, Qemu, Vm};
+use pileus_instances::qemu::{
+    Accelerator, Boot, Disk, Growth, MachineSpec, Memory, Nic, Paths, Qemu, Vm,
+};
 use uuid::Uuid;
 
 type Done<T> = Result<T, Box<dyn Error>>;
 const LONG: Duration = Duration::from_secs(300);
 const BOUND: Duration = Duration::from_secs(30);
+
+/// Memory comes and goes; processors come if the guest's kernel is prepared for them.
+async fn more_of_it(vm: &Vm, guest: &Guest, more: Size) -> Done<()> {
+    const SHOWN: &str = "nproc; grep MemTotal /proc/meminfo";
+    println!("{}", run(guest, SHOWN).await?.replace('\n', " "));
+    let able = guest.can_grow(BOUND).await?;
+    let began = Instant::now();
+    let got = vm.set_more_memory(more).await?;
+    println!("{:>8.1?} {more} more memory, got {got}", began.elapsed());
+    let grown = vm.grown().await?;
+    println!("the guest {able:?}, the machine {grown:?}");
+    if able.cpus > grown.cpus + grown.growth.cpus {
+        vm.plug_cpu().await?;
+        let cpus = grown.cpus + grown.growth.cpus + 1;
+        guest.take_cpus(cpus, BOUND).await?;
+        println!("{:>8.1?} a processor", began.elapsed());
+    }
+    println!("{}", run(guest, SHOWN).await?.replace('\n', " "));
+    Ok(())
+}
 
 struct Place {
     folder: PathBuf,
@@ -44,13 +66,17 @@ async fn main() -> Done<()> {
         firmware: args.next().is_some(),
         qemu: Qemu::find(None, &path).await?,
     };
-    let spec = place.spec("first", Uuid::new_v4(), vec![])?;
+    let mut spec = place.spec("first", Uuid::new_v4(), vec![])?;
     let (vm, guest) = place.boot(&spec).await?;
     let mut vm = Some(vm);
     run(&guest, "true").await?;
     let kept = guest.exec(&shell("sleep 1000")).await?;
     let mut guest = guest;
-    for round in 1..=2 {
+    for (round, more) in [(1, 512), (2, 128)] {
+        if let Some(now) = &vm {
+            more_of_it(now, &guest, Size::mib(more)).await?;
+            spec.growth = now.grown().await?.growth;
+        }
         let boot_id = run(&guest, "cat /proc/sys/kernel/random/boot_id; date -Ins").await?;
         let file = place.folder.join("memory");
         let began = Instant::now();
@@ -220,6 +246,12 @@ impl Place {
             },
             nic: Nic::None,
             extra_nics: Vec::new(),
+            hardware: Default::default(),
+            growth: Growth {
+                most_cpus: 4,
+                room: Size::gib(4),
+                ..Growth::default()
+            },
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: true,

@@ -18,10 +18,11 @@ use crate::guest::clone::IdentitySpec;
 pub use crate::guest::handle::Guest;
 use crate::guest::keys::InstanceKeys;
 use crate::guest::watch;
-use crate::machine::{Driver, Freeze, Frozen, GuestEvent, Saved, SavedFile, Vm, VmEvent};
+use crate::machine::{Driver, Freeze, Frozen, GuestEvent, Saved, SavedFile, Shape, Vm, VmEvent};
+use crate::qemu::hardware::{Hardware, Socket};
 use crate::qemu::{
-    self, Accelerator, Boot, Confinement, Disk, Mac, MachineSpec, Memory, Nic, Paths, Port, Qemu,
-    Stream, log,
+    self, Accelerator, Boot, Confinement, Disk, Growth, Mac, MachineSpec, Memory, Nic, Paths, Port,
+    Qemu, Stream, grow::Grown, log,
 };
 
 /// Bytes of the console that an error shows, and lines at most.
@@ -35,11 +36,15 @@ pub struct Host {
     pub accelerator: Accelerator,
     /// One sentence about the accelerator, to be shown once.
     pub warning: Option<String>,
+    /// The room that machines get to grow in.
+    pub growth: Growth,
 }
 
 /// The guest has to write what it holds back.
 const SYNC_BOUND: Duration = Duration::from_secs(5);
 const RESUMED_BOUND: Duration = Duration::from_secs(15);
+/// A guest that does not answer grows when it boots.
+const CAN_GROW_BOUND: Duration = Duration::from_secs(10);
 const GROW_BOUND: Duration = Duration::from_secs(60);
 /// A clone's first boot.
 const IDENTIFY_BOUND: Duration = Duration::from_secs(120);
@@ -87,6 +92,8 @@ pub struct Setup {
     /// The sockets lie here.
     pub run: PathBuf,
     pub mac: Mac,
+    /// What it has besides the usual.
+    pub hardware: Hardware,
     /// Its cards in networks of the host.
     pub extra_nics: Vec<Mac>,
     pub address: Ipv4Addr,
@@ -121,6 +128,11 @@ impl Setup {
         saved(&self.folder, file)
     }
 
+    fn machine_type<'a>(&'a self, host: &'a Host) -> &'a str {
+        let own = self.machine_type.as_ref();
+        own.unwrap_or(&host.qemu.machine_type)
+    }
+
     fn spec(&self, host: &Host, layers: Vec<PathBuf>, firmware_boot: bool) -> MachineSpec {
         let boot = match &self.direct_boot {
             Some(direct) if !firmware_boot => Boot::Kernel {
@@ -133,13 +145,12 @@ impl Setup {
             },
             _ => Boot::Firmware,
         };
-        let machine_type = self.machine_type.as_ref();
         MachineSpec {
             name: self.name.clone(),
             uuid: self.id,
             cpus: self.cpus,
             memory: self.memory,
-            machine_type: machine_type.unwrap_or(&host.qemu.machine_type).clone(),
+            machine_type: self.machine_type(host).to_owned(),
             accelerator: host.accelerator,
             disk: Disk {
                 base: self.base.clone(),
@@ -149,6 +160,12 @@ impl Setup {
             boot,
             nic: Nic::Tap(self.mac),
             extra_nics: self.extra_nics.clone(),
+            hardware: self.hardware.clone(),
+            // An image's own choice of hardware is kept as it is.
+            growth: match self.hardware == Hardware::default() {
+                true => host.growth,
+                false => Growth::default(),
+            },
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: self.ends_with_daemon,
@@ -214,6 +231,7 @@ impl QemuDriver {
         spec.machine_type.clone_from(&saved.machine_type);
         spec.cpus = saved.cpus;
         spec.memory = saved.memory;
+        spec.growth = saved.growth;
         spec.extra_nics.clone_from(&saved.extra_nics);
         spec.incoming = true;
         Ok(spec)
@@ -224,11 +242,10 @@ impl QemuDriver {
     fn saved_now(
         &self,
         vm: &RunningVm,
-        running: &[String],
+        (running, grown): &(Vec<String>, Grown),
         (file, written): (SavedFile, &File),
         stream: Stream,
     ) -> Result<Saved> {
-        let setup = self.setup();
         let meta = written.metadata().io("Looking at a saved machine")?;
         let version = vm.vm.client().version();
         let value = |option: &str| {
@@ -248,8 +265,9 @@ impl QemuDriver {
             machine_type: machine.split(',').next().unwrap_or_default().to_owned(),
             qemu: format!("{}.{}.{}", version.major, version.minor, version.micro),
             accelerator,
-            cpus: setup.cpus,
-            memory: setup.memory,
+            cpus: grown.cpus,
+            memory: grown.memory,
+            growth: grown.growth,
             extra_nics: qemu::extra_nics(running),
             firmware_boot: !running.iter().any(|arg| arg == "-kernel"),
         })
@@ -288,7 +306,11 @@ impl QemuDriver {
 
     /// Gives a restored machine its NIC.
     pub(crate) async fn plug_nic(&self, vm: &RunningVm, tap: OwnedFd) -> Result<()> {
-        vm.vm.plug_nic("nic0", Port::Nic, self.setup.mac, tap).await
+        let (setup, host) = (self.setup(), self.wiring.host().await?);
+        let socket = Socket::of(setup.machine_type(&host), Port::Nic);
+        let model = setup.hardware.nic;
+        let plugged = vm.vm.plug_card("nic0", model, socket, setup.mac, tap);
+        plugged.await
     }
 
     fn running(
@@ -369,7 +391,7 @@ impl Driver for QemuDriver {
         room_for(&setup.folder, setup.memory)?;
         files::discard(&path)?;
         let file = files::create_private(&path)?;
-        let running = vm.vm.process().command_line()?;
+        let running = (vm.vm.process().command_line()?, vm.vm.grown().await?);
         vm.vm.pause().await?;
         let stream = vm
             .vm
@@ -415,7 +437,7 @@ impl Driver for QemuDriver {
             });
         };
         let written = memory.try_clone().io("Saving a machine")?;
-        let running = vm.vm.process().command_line()?;
+        let running = (vm.vm.process().command_line()?, vm.vm.grown().await?);
         let (stream, paused) = vm.vm.freeze(&freeze.layer, freeze.size, memory).await?;
         Ok(Frozen {
             saved: Some(self.saved_now(vm, &running, (file, &written), stream)?),
@@ -522,6 +544,39 @@ impl Vm for RunningVm {
             tracing::info!(%err, "the guest did not grow its file system");
         }
         Ok(())
+    }
+
+    async fn grow(&self, want: Shape) -> Result<Shape> {
+        let able = self.guest.can_grow(CAN_GROW_BOUND).await?;
+        let has = self.vm.grown().await?;
+        let mut cpus = has.cpus + has.growth.cpus;
+        let most = has.growth.most_cpus.min(able.cpus);
+        if cpus < want.cpus.min(most) {
+            while cpus < want.cpus.min(most) {
+                self.vm.plug_cpu().await?;
+                cpus += 1;
+            }
+            // They are there, whether the guest makes use of them or not.
+            if let Err(err) = self.guest.take_cpus(cpus, GROW_BOUND).await {
+                tracing::warn!(%err, "the guest did not take its new processors");
+            }
+        }
+        let mut memory = Size(has.memory.bytes() + has.growth.memory.bytes());
+        if able.memory && has.growth.room.bytes() > 0 && memory != want.memory {
+            let wanted = want.memory.bytes().saturating_sub(has.memory.bytes());
+            let more = Size(wanted.min(has.growth.room.bytes())).round_up(Growth::STEP);
+            let got = self.vm.set_more_memory(more).await?;
+            if got != more {
+                // Not later, when nobody expects it any more.
+                self.vm.set_more_memory(got).await?;
+            }
+            memory = Size(has.memory.bytes() + got.bytes());
+        }
+        // In whole steps it may have a little more than was asked for.
+        if memory.round_up(Growth::STEP) == want.memory.round_up(Growth::STEP) {
+            memory = want.memory;
+        }
+        Ok(Shape { cpus, memory })
     }
 
     async fn kill(&self) {

@@ -22,7 +22,7 @@ use pileus_base::{Code, Digest, Error, Result, ResultExt, Size, files};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::qemu::{Accelerator, Qemu, argv, loan};
+use crate::qemu::{Accelerator, Growth, Qemu, argv, loan};
 
 /// Version of `template.json`.
 const FORMAT: u32 = 1;
@@ -43,6 +43,8 @@ pub struct TemplateKey {
     pub machine_type: String,
     pub accelerator: Accelerator,
     pub qemu: Program,
+    /// The room to grow in, which the guest sees too.
+    pub growth: Growth,
     /// The processor as the guest sees it.
     pub cpu: String,
     /// Of the machine, [`argv::LAYOUT`].
@@ -87,6 +89,7 @@ impl TemplateKey {
         disk: Size,
         qemu: &Qemu,
         accelerator: Accelerator,
+        growth: Growth,
     ) -> Self {
         // A program that can't be looked at can't be started either.
         let program = std::fs::metadata(&qemu.program).ok();
@@ -103,6 +106,7 @@ impl TemplateKey {
                 size: program.map_or(0, Metadata::len),
                 modified: program.map_or(Time::default(), Time::modified),
             },
+            growth,
             cpu: cpu_model(accelerator),
             layout: argv::LAYOUT,
             agent: digest(crate::guest::seed::agent_digest().as_bytes()),

@@ -20,7 +20,15 @@ fn qemu() -> Qemu {
 fn key() -> TemplateKey {
     let image = digest(b"image");
     let (memory, disk) = (Size::mib(32), Size::gib(5));
-    TemplateKey::new(image, 2, memory, disk, &qemu(), Accelerator::Tcg)
+    TemplateKey::new(
+        image,
+        2,
+        memory,
+        disk,
+        &qemu(),
+        Accelerator::Tcg,
+        Growth::default(),
+    )
 }
 
 fn make_file(path: &Path, bytes: &[u8], length: u64) -> File {

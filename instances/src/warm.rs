@@ -21,7 +21,7 @@ use rand::TryRngCore;
 use crate::driver::{Host, QemuDriver, RunningVm};
 use crate::guest::clone::{IdentitySpec, NameSpec};
 use crate::machine::{Driver, GuestEvent, Vm, VmEvent};
-use crate::qemu::{Mac, MachineSpec, Memory, Nic, Stream};
+use crate::qemu::{Mac, MachineSpec, Memory, Nic};
 
 /// The guest has to come to rest: timers, jobs, caches.
 const QUIESCE_BOUND: Duration = Duration::from_secs(180);
@@ -164,9 +164,9 @@ pub struct Saved {
 /// What a fork starts from.
 #[derive(Debug)]
 pub struct SavedWhole {
-    /// Devices and memory, as `Vm::freeze` wrote them.
+    /// Devices and memory, as `Vm::freeze` wrote them, and of what machine.
     pub memory: File,
-    pub stream: Stream,
+    pub saved: crate::machine::Saved,
     /// The NIC that the saved machine has.
     pub nic: Mac,
     pub identity: IdentitySpec,
@@ -204,7 +204,9 @@ pub async fn restore_whole(
     let mut spec = driver.spec(&host, false);
     // The saved machine has a NIC. It comes back on a wire that leads nowhere, and goes at once.
     spec.nic = Nic::Disconnected(saved.nic);
-    let load = async |vm: &RunningVm| vm.qemu().restore_all(saved.memory, saved.stream).await;
+    let (of, stream) = (&saved.saved, saved.saved.stream);
+    (spec.cpus, spec.memory, spec.growth) = (of.cpus, of.memory, of.growth);
+    let load = async |vm: &RunningVm| vm.qemu().restore_all(saved.memory, stream).await;
     bring_up(driver, &host, spec, load, saved.identity, report).await
 }
 

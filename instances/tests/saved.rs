@@ -128,6 +128,7 @@ impl Template {
             Size::mib(1),
             qemu,
             spec.accelerator,
+            spec.growth,
         );
         folder.finish(&key, "2026-11-22T00:00:00Z").unwrap();
         Self {

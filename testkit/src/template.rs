@@ -9,7 +9,7 @@ use std::process::Command;
 use pileus_base::{Digest, Size};
 use pileus_images::{Image, overlay};
 use pileus_instances::qemu::host::{KvmFacts, choose};
-use pileus_instances::qemu::{Accelerator, AcceleratorChoice, Qemu};
+use pileus_instances::qemu::{Accelerator, AcceleratorChoice, Growth, Qemu};
 use pileus_instances::template::{Folder, TemplateKey};
 
 use crate::daemon::{Daemon, Options, PATH};
@@ -63,7 +63,15 @@ fn key(image: Digest, virtual_size: Size, qemu: Option<&Path>, tcg: bool) -> Tem
         }
     };
     let disk = DISK.max(virtual_size);
-    TemplateKey::new(image, CPUS, MEMORY, disk, &qemu, accelerator)
+    TemplateKey::new(
+        image,
+        CPUS,
+        MEMORY,
+        disk,
+        &qemu,
+        accelerator,
+        Growth::of_host(),
+    )
 }
 
 /// The template of the shared guest image. The first caller makes it (a boot), others wait for it.

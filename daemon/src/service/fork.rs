@@ -11,8 +11,7 @@ use pileus_images::overlay;
 use pileus_instances::driver;
 use pileus_instances::guest::clone::CloneMode;
 use pileus_instances::guest::keys::InstanceKeys;
-use pileus_instances::machine::{BOOT_TIMEOUT, Freeze, SavedFile};
-use pileus_instances::qemu::Stream;
+use pileus_instances::machine::{BOOT_TIMEOUT, Freeze, Saved, SavedFile};
 use pileus_instances::warm::{self, SavedWhole};
 
 use super::admission::Start;
@@ -95,7 +94,7 @@ impl Service {
             Ok(frozen)
         };
         let frozen = frozen.await;
-        let (memory, stream) = match frozen {
+        let (memory, saved) = match frozen {
             Ok(frozen) => frozen,
             Err(err) => {
                 for clone in clones {
@@ -110,7 +109,7 @@ impl Service {
             let wanted = report.check().is_ok();
             let forked = match wanted {
                 true => {
-                    self.fork_one(source, clone, &memory.0, stream, report)
+                    self.fork_one(source, clone, &memory.0, &saved, report)
                         .await
                 }
                 false => Err(Error::new(Code::Cancelled, "The operation was cancelled")),
@@ -128,7 +127,7 @@ impl Service {
         &self,
         source: &Arc<Instance>,
         report: &Reporter,
-    ) -> Result<(MemoryFile, Stream)> {
+    ) -> Result<(MemoryFile, Saved)> {
         let row = source.row();
         let folder = self.parts.layout.instance(row.id);
         driver::room_for(&folder, row.spec.memory)?;
@@ -151,7 +150,7 @@ impl Service {
         if !saved.extra_nics.is_empty() {
             return Err(with_networks(row.name.as_str()));
         }
-        Ok((memory, saved.stream))
+        Ok((memory, saved))
     }
 
     async fn fork_one(
@@ -159,7 +158,7 @@ impl Service {
         source: &Arc<Instance>,
         clone: &Arc<Instance>,
         memory: &std::path::Path,
-        stream: Stream,
+        saved: &Saved,
         report: &Reporter,
     ) -> Result<()> {
         let from = source.row();
@@ -184,7 +183,7 @@ impl Service {
         let keys = InstanceKeys::load(&self.parts.layout.instance(row.id))?;
         let saved = SavedWhole {
             memory: File::open(memory).io("Opening a fork's memory")?,
-            stream,
+            saved: saved.clone(),
             nic: from.mac,
             identity: self.identity_of(&row, keys, CloneMode::Full),
         };

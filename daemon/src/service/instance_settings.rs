@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use pileus_api::{Autostart, InstanceState, OnCrash, Setting};
 use pileus_base::{Code, Error, Reporter, Result, Size, SnapshotName};
+use pileus_instances::machine::Shape;
 
 use super::Service;
 use super::order::{MAX_CPUS, MIN_MEMORY};
@@ -53,9 +54,13 @@ impl Property {
             Property::Bridged => {
                 "true or false: a card in local.bridged-network, from the next boot on"
             }
-            Property::Cpus => "a number from 1 on; holds from the next boot on",
+            Property::Cpus => {
+                "a number from 1 on; a running guest gets more at once if it can take them, otherwise at its next boot"
+            }
             Property::Disk => "a size; a disk only grows",
-            Property::Memory => "a size from 512M on; holds from the next boot on",
+            Property::Memory => {
+                "a size from 512M on; a running guest gets it at once if it can, otherwise at its next boot"
+            }
             Property::OnCrash => "stop or restart",
         }
     }
@@ -228,7 +233,6 @@ impl Service {
         key: &str,
         value: &str,
     ) -> Result<()> {
-        let at_rest = instance.machine()?.snapshot().state == InstanceState::Stopped;
         let bad =
             |why: &str| bad_value(key, value, why).advise(format!("Give {}.", property.values()));
         match property {
@@ -250,12 +254,7 @@ impl Service {
                     .ok()
                     .filter(|cpus| (1..=MAX_CPUS).contains(cpus))
                     .ok_or_else(|| bad("Need a positive integer (in decimal format)"))?;
-                instance
-                    .change(|row| match at_rest {
-                        true => row.spec.cpus = cpus,
-                        false => row.spec.pending.cpus = Some(cpus).filter(|c| *c != row.spec.cpus),
-                    })
-                    .await?;
+                self.reshape(instance, Some(cpus), None).await?;
             }
             Property::Memory => {
                 let memory: Size = value.parse().map_err(|err: Error| bad(&err.message))?;
@@ -263,15 +262,7 @@ impl Service {
                     return Err(bad("Memory less than 512M minimum not allowed"));
                 }
                 let memory = memory.round_up(1 << 20);
-                instance
-                    .change(|row| match at_rest {
-                        true => row.spec.memory = memory,
-                        false => {
-                            row.spec.pending.memory =
-                                Some(memory).filter(|m| *m != row.spec.memory);
-                        }
-                    })
-                    .await?;
+                self.reshape(instance, None, Some(memory)).await?;
             }
             Property::Disk => {
                 let disk: Size = value.parse().map_err(|err: Error| bad(&err.message))?;
@@ -279,6 +270,49 @@ impl Service {
             }
         }
         Ok(())
+    }
+
+    /// Gives an instance other processors or memory: at once what a running guest can take, the rest at its
+    /// next boot.
+    async fn reshape(
+        &self,
+        instance: &Arc<Instance>,
+        cpus: Option<u32>,
+        memory: Option<Size>,
+    ) -> Result<()> {
+        let machine = instance.machine()?.clone();
+        let state = machine.snapshot().state;
+        let row = instance.row();
+        let want = Shape {
+            cpus: cpus.or(row.spec.pending.cpus).unwrap_or(row.spec.cpus),
+            memory: memory
+                .or(row.spec.pending.memory)
+                .unwrap_or(row.spec.memory),
+        };
+        let now = Shape {
+            cpus: row.spec.cpus,
+            memory: row.spec.memory,
+        };
+        let has = match state {
+            InstanceState::Stopped => want,
+            InstanceState::Running if want != now => match machine.grow(want).await {
+                Ok(has) => has,
+                Err(err) => {
+                    tracing::info!(instance = %row.name, %err, "it gets its new size when it boots");
+                    now
+                }
+            },
+            _ => now,
+        };
+        instance
+            .change(|row| {
+                row.spec.cpus = has.cpus;
+                row.spec.memory = has.memory;
+                row.spec.pending.cpus = Some(want.cpus).filter(|cpus| *cpus != has.cpus);
+                row.spec.pending.memory = Some(want.memory).filter(|memory| *memory != has.memory);
+            })
+            .await
+            .map(drop)
     }
 
     /// Grows the disk: at once if the instance runs, and the guest is told; a stopped one gets a larger disk

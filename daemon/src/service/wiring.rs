@@ -13,7 +13,9 @@ use pileus_instances::driver::{DISK, DirectBoot, Host, Setup, Wiring};
 use pileus_instances::guest::clone::{CloneMode, IdentitySpec};
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::qemu::host::{KvmFacts, choose};
-use pileus_instances::qemu::{Accelerator, AcceleratorChoice, Confinement, Paths, Qemu, process};
+use pileus_instances::qemu::{
+    Accelerator, AcceleratorChoice, Confinement, Growth, Paths, Qemu, process,
+};
 use pileus_networks::{Network, Nic};
 use tokio::sync::Mutex;
 
@@ -60,6 +62,7 @@ impl Finder {
             qemu,
             accelerator: chosen.accelerator,
             warning: chosen.warning,
+            growth: Growth::of_host(),
         });
         *found = Some(host.clone());
         Ok(host)
@@ -92,6 +95,7 @@ pub fn setup(layout: &Layout, row: &InstanceRow, image: &Image) -> Setup {
         folder: layout.instance(row.id),
         run: layout.instance_run(row.id),
         mac: row.mac,
+        hardware: row.spec.hardware.clone(),
         extra_nics: row.spec.extra_nics.iter().map(|nic| nic.mac).collect(),
         address: row.address,
     }

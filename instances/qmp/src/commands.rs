@@ -200,6 +200,55 @@ impl Command for QomGet {
     type Reply = Value;
 }
 
+/// Changes a property of an object.
+#[derive(Debug, Clone, Serialize)]
+pub struct QomSet {
+    pub path: String,
+    pub property: String,
+    pub value: Value,
+}
+
+impl Command for QomSet {
+    const NAME: &'static str = "qom-set";
+    type Reply = IgnoredAny;
+}
+
+/// The places for processors, and which of them are taken.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryHotpluggableCpus {}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CpuPlace {
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// What `device_add` needs to name this place.
+    pub props: serde_json::Map<String, Value>,
+    /// The processor that is there.
+    #[serde(default)]
+    pub qom_path: Option<String>,
+}
+
+impl Command for QueryHotpluggableCpus {
+    const NAME: &'static str = "query-hotpluggable-cpus";
+    type Reply = Vec<CpuPlace>;
+}
+
+/// Memory from the start, and what was added, in bytes.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct QueryMemorySizeSummary {}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MemorySizes {
+    pub base_memory: u64,
+}
+
+impl Command for QueryMemorySizeSummary {
+    const NAME: &'static str = "query-memory-size-summary";
+    type Reply = MemorySizes;
+}
+
 /// All sets of descriptors.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct QueryFdsets {}

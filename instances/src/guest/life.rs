@@ -14,6 +14,14 @@ use crate::warm;
 /// A word to the users.
 const WALL_BOUND: Duration = Duration::from_secs(10);
 
+/// What a guest can take while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CanGrow {
+    /// Processors that it is prepared for in all.
+    pub cpus: u32,
+    pub memory: bool,
+}
+
 impl Guest {
     /// Tells a guest that stood still what time it is, gives it fresh randomness, and has it end what is
     /// left of the connections that it had then. To be called when its processors run again.
@@ -47,6 +55,24 @@ impl Guest {
     /// Grows the root's partition and file system to the disk's size.
     pub async fn grow(&self, bound: Duration) -> Result<()> {
         self.tell("grow", json!({}), bound).await
+    }
+
+    /// What the guest could take if its machine got more. Memory is taken as soon as it is there.
+    pub async fn can_grow(&self, bound: Duration) -> Result<CanGrow> {
+        let until = Instant::now() + bound;
+        self.heard("can-grow", until).await?;
+        let left = until.saturating_duration_since(Instant::now());
+        let told = self.agent().request("can-grow", json!({}), left).await?;
+        let cpus = told.get("cpus").and_then(Value::as_u64).unwrap_or(0);
+        Ok(CanGrow {
+            cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
+            memory: told.get("memory") == Some(&Value::Bool(true)),
+        })
+    }
+
+    /// Has the guest use so many processors.
+    pub async fn take_cpus(&self, cpus: u32, bound: Duration) -> Result<()> {
+        self.tell("take-cpus", json!({ "cpus": cpus }), bound).await
     }
 
     /// Shows a message to everybody who is logged in; what can't be printed is left out.

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::driver::{Driver, Freeze, Frozen, TRIM_EVERY, Vm, VmEvent};
+use super::driver::{Driver, Freeze, Frozen, Shape, TRIM_EVERY, Vm, VmEvent};
 use super::rules::{Ask, Decision, decide, refusal};
 use super::{BOOT_TIMEOUT, Config, GuestSlot, Request, Snapshot, lock};
 
@@ -176,6 +176,10 @@ impl<D: Driver> Actor<D> {
                 let done = self.grow_disk(size).await;
                 let _ = reply.send(done);
             }
+            Request::Grow { want, reply } => {
+                let done = self.grow(want).await;
+                let _ = reply.send(done);
+            }
             Request::Freeze { freeze, reply } => {
                 let done = self.freeze(freeze).await;
                 let _ = reply.send(done);
@@ -195,6 +199,14 @@ impl<D: Driver> Actor<D> {
         self.permit(Ask::Freeze)?;
         match &self.vm {
             Some(vm) => vm.grow_disk(size).await,
+            None => Err(self.refusal(Ask::Freeze)),
+        }
+    }
+
+    async fn grow(&mut self, want: Shape) -> Result<Shape> {
+        self.permit(Ask::Freeze)?;
+        match &self.vm {
+            Some(vm) => vm.grow(want).await,
             None => Err(self.refusal(Ask::Freeze)),
         }
     }

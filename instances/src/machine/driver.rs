@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::Snapshot;
-use crate::qemu::{Accelerator, Stream};
+use crate::qemu::{Accelerator, Growth, Stream};
 
 /// Starts the VM of one instance, saves and resumes it, and tidies up after it.
 pub trait Driver: Send + Sync + 'static {
@@ -92,11 +92,22 @@ pub trait Vm: Send + Sync + 'static {
     /// Grows the disk; the guest is told, and grows its file system if it can.
     fn grow_disk(&self, size: Size) -> impl Future<Output = Result<()>> + Send;
 
+    /// Gives the guest processors and memory, or takes memory back, as far as it and the machine can. What
+    /// it has afterwards in all.
+    fn grow(&self, want: Shape) -> impl Future<Output = Result<Shape>> + Send;
+
     /// Ends the VM now, whatever state it is in, and waits until it is gone.
     fn kill(&self) -> impl Future<Output = ()> + Send;
 
     /// The next thing that happens. Dropping the future loses nothing. After `Exited` nothing comes.
     fn next(&mut self) -> impl Future<Output = VmEvent> + Send;
+}
+
+/// How much of the host a machine has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    pub cpus: u32,
+    pub memory: Size,
 }
 
 /// A machine that lies in a file, and what it takes to go on.
@@ -111,8 +122,11 @@ pub struct Saved {
     /// QEMU's version, for messages.
     pub qemu: String,
     pub accelerator: Accelerator,
+    /// What it was booted with; `growth` has what it got since.
     pub cpus: u32,
     pub memory: Size,
+    #[serde(default)]
+    pub growth: Growth,
     /// How the machine was booted: the ROMs differ.
     pub firmware_boot: bool,
     /// Its cards besides the first one.

@@ -34,7 +34,9 @@ mod events;
 mod rules;
 mod suspend;
 
-pub use driver::{Driver, Freeze, Frozen, GuestEvent, Journal, Saved, SavedFile, Vm, VmEvent};
+pub use driver::{
+    Driver, Freeze, Frozen, GuestEvent, Journal, Saved, SavedFile, Shape, Vm, VmEvent,
+};
 pub use rules::{Ask, Decision, decide};
 
 use std::net::Ipv4Addr;
@@ -140,6 +142,10 @@ pub(crate) enum Request<D: Driver> {
     GrowDisk {
         size: Size,
         reply: oneshot::Sender<Result<()>>,
+    },
+    Grow {
+        want: Shape,
+        reply: oneshot::Sender<Result<Shape>>,
     },
 }
 
@@ -290,6 +296,12 @@ impl<D: Driver> Machine<D> {
     /// Grows the disk of a running instance; it never shrinks.
     pub async fn grow_disk(&self, size: Size) -> Result<()> {
         self.ask(|reply| Request::GrowDisk { size, reply }).await
+    }
+
+    /// Gives a running instance processors and memory, or takes memory back, as far as the guest can. What it
+    /// has afterwards.
+    pub async fn grow(&self, want: Shape) -> Result<Shape> {
+        self.ask(|reply| Request::Grow { want, reply }).await
     }
 
     /// Freezes the disk of a running instance, and its memory if that is wanted.

@@ -51,6 +51,7 @@ fn saved() -> Saved {
         memory: Size::gib(1),
         firmware_boot: false,
         extra_nics: Vec::new(),
+        growth: Default::default(),
     }
 }
 
@@ -164,6 +165,10 @@ impl Vm for FakeVm {
     async fn grow_disk(&self, _size: Size) -> Result<()> {
         self.calls.lock().unwrap().push("grow");
         Ok(())
+    }
+
+    async fn grow(&self, want: super::Shape) -> Result<super::Shape> {
+        Ok(want)
     }
 
     async fn kill(&self) {

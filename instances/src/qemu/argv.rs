@@ -13,20 +13,27 @@ use std::path::{Path, PathBuf};
 
 use pileus_base::{Mac, Result};
 
+use super::hardware::{NicModel, Slots, Socket, is_old, slots};
 use super::spec::{
-    AGENT_PORT, Accelerator, Boot, MachineSpec, Memory, Nic, Port, SSH_PORTS, ssh_port,
+    AGENT_PORT, Accelerator, Boot, DISPLAY_SOCKET, Growth, MachineSpec, Memory, Nic, Port,
+    SSH_PORTS, ssh_port,
 };
 
 /// Version of the machine that the guest sees. A state saved with another one is never restored.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// The ids of further NICs begin so; a number from 1 on follows.
 const EXTRA_NIC: &str = "nic";
 
+/// The id of the device that gives memory, and the beginning of those of processors that came later.
+pub const MORE_MEMORY: &str = "more-memory";
+pub const MORE_CPU: &str = "more-cpu";
+
 /// The further NICs on a command line that was made here, in their order.
 pub fn extra_nics(args: &[String]) -> Vec<Mac> {
     let options = args.iter().map(|arg| arg.split(',').collect::<Vec<_>>());
-    let nics = options.filter(|words| words[0] == "virtio-net-pci");
+    let models = NicModel::ALL.iter().map(|model| model.as_str());
+    let nics = options.filter(|words| models.clone().any(|model| model == words[0]));
     nics.filter_map(|words| {
         let value = |key: &str| words.iter().find_map(|word| word.strip_prefix(key));
         let number: u8 = value("id=")?.strip_prefix(EXTRA_NIC)?.parse().ok()?;
@@ -49,6 +56,8 @@ pub enum What {
     Tap,
     /// A tap that leads nowhere.
     LooseTap,
+    /// A folder that QEMU may make a file in.
+    Folder(PathBuf),
     /// The file of the guest's memory; a link is refused.
     Memory {
         path: PathBuf,
@@ -66,18 +75,20 @@ pub fn arguments(
     let mut line = Builder {
         args: Vec::new(),
         sets: 0,
+        slots: slots(&spec.machine_type),
         hand,
     };
     line.basics(spec);
     line.memory(spec)?;
     line.processors(spec);
     line.control(spec)?;
-    line.root_ports();
+    line.root_ports(spec);
     line.disks(spec)?;
     line.console_and_ports(spec)?;
     line.small_devices();
     line.nic(spec)?;
     line.extra_nics(spec)?;
+    line.hardware(spec)?;
     line.boot(&spec.boot)?;
     line.incoming(spec);
     Ok(line.args)
@@ -86,6 +97,7 @@ pub fn arguments(
 struct Builder<'a> {
     args: Vec<String>,
     sets: u32,
+    slots: &'static Slots,
     hand: &'a mut dyn FnMut(What) -> Result<RawFd>,
 }
 
@@ -122,6 +134,10 @@ impl Builder<'_> {
         self.flag("-no-user-config");
         self.option("-name", format!("guest={},debug-threads=on", spec.name));
         self.option("-uuid", spec.uuid.to_string());
+        if let Some(uuid) = spec.hardware.uuid {
+            // The one above stays: by it the process is found.
+            self.option("-smbios", format!("type=1,uuid={uuid}"));
+        }
         self.option(
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
@@ -153,7 +169,49 @@ impl Builder<'_> {
             }
         };
         self.option("-object", backend);
+        self.growth(spec);
         Ok(())
+    }
+
+    /// A device that memory is given through while the machine runs; the guest can give it back.
+    fn growth(&mut self, spec: &MachineSpec) {
+        let (size, room) = (spec.ram_bytes(), spec.growth.room.bytes());
+        if room == 0 || is_old(&spec.machine_type) {
+            return;
+        }
+        self.option("-m", format!("size={size}B,maxmem={}B", size + room));
+        // Nothing of it is taken, or promised, before the guest has it.
+        self.option(
+            "-object",
+            format!("memory-backend-ram,id=more,size={room},share=off,reserve=off"),
+        );
+        self.option(
+            "-device",
+            format!(
+                "virtio-mem-pci,id={MORE_MEMORY},memdev=more,block-size={},requested-size={},\
+                 bus=pcie.0,addr=0x7,disable-legacy=on",
+                Growth::STEP,
+                spec.growth.memory.bytes()
+            ),
+        );
+    }
+
+    /// Processors that it got since its boot.
+    fn more_processors(&mut self, spec: &MachineSpec) {
+        let kind = match spec.accelerator {
+            Accelerator::Kvm => "host",
+            Accelerator::Tcg => "max",
+        };
+        for number in 0..spec.growth.cpus {
+            let (socket, core) = (1 + number / spec.cpus, number % spec.cpus);
+            self.option(
+                "-device",
+                format!(
+                    "{kind}-x86_64-cpu,id={MORE_CPU}{number},socket-id={socket},core-id={core},\
+                     thread-id=0"
+                ),
+            );
+        }
     }
 
     /// A path for what QEMU opens by `open(2)` alone, which knows no descriptor sets. The file's
@@ -184,14 +242,33 @@ impl Builder<'_> {
             }
         }
         let cpus = spec.cpus;
+        if let Some(each) = spec.hardware.topology {
+            let (sockets, cores, threads) = (each.sockets, each.cores, each.threads);
+            self.option(
+                "-smp",
+                format!("cpus={cpus},sockets={sockets},cores={cores},threads={threads}"),
+            );
+            return self.clock();
+        }
+        let sockets = spec.growth.sockets(cpus);
+        let most = match sockets {
+            1 => String::new(),
+            _ => format!(",maxcpus={}", sockets * cpus),
+        };
         self.option(
             "-smp",
-            format!("cpus={cpus},sockets=1,cores={cpus},threads=1"),
+            format!("cpus={cpus},sockets={sockets},cores={cpus},threads=1{most}"),
         );
+        self.more_processors(spec);
+        self.clock();
+    }
+
+    fn clock(&mut self) {
         self.option("-rtc", "base=utc,driftfix=slew");
         // Suspend would only look like a machine that hangs.
-        self.option("-global", "ICH9-LPC.disable_s3=1");
-        self.option("-global", "ICH9-LPC.disable_s4=1");
+        let power = self.slots.power;
+        self.option("-global", format!("{power}.disable_s3=1"));
+        self.option("-global", format!("{power}.disable_s4=1"));
     }
 
     fn control(&mut self, spec: &MachineSpec) -> Result<()> {
@@ -200,7 +277,10 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn root_ports(&mut self) {
+    fn root_ports(&mut self, spec: &MachineSpec) {
+        if is_old(&spec.machine_type) {
+            return;
+        }
         let port = |port: Port, chassis: u8, addr: &str| {
             format!("pcie-root-port,id={port},bus=pcie.0,chassis={chassis},slot={chassis},{addr}")
         };
@@ -246,17 +326,28 @@ impl Builder<'_> {
                 ),
             );
         }
+        let Slots {
+            bus,
+            virtio,
+            disk,
+            seed,
+            ..
+        } = self.slots;
         self.option(
             "-device",
-            "virtio-blk-pci,id=vda,drive=disk,bus=pcie.0,addr=0x2,disable-legacy=on,\
-             serial=pileus-disk,bootindex=1",
+            format!(
+                "virtio-blk-pci,id=vda,drive=disk,bus={bus},addr={disk}{virtio},\
+                 serial=pileus-disk,bootindex=1"
+            ),
         );
-        if let Some(seed) = &spec.seed {
-            self.read_only_node("seed", "raw", seed, None)?;
+        if let Some(file) = &spec.seed {
+            self.read_only_node("seed", "raw", file, None)?;
             self.option(
                 "-device",
-                "virtio-blk-pci,id=vdb,drive=seed,bus=pcie.0,addr=0x3,disable-legacy=on,\
-                 serial=pileus-seed",
+                format!(
+                    "virtio-blk-pci,id=vdb,drive=seed,bus={bus},addr={seed}{virtio},\
+                     serial=pileus-seed"
+                ),
             );
         }
         Ok(())
@@ -294,9 +385,12 @@ impl Builder<'_> {
             &format!(",logfile={log},logappend=on"),
         )?;
         self.option("-device", "isa-serial,id=serial0,chardev=console");
+        let Slots {
+            bus, virtio, ports, ..
+        } = self.slots;
         self.option(
             "-device",
-            "virtio-serial-pci,id=ports,bus=pcie.0,addr=0x4,disable-legacy=on",
+            format!("virtio-serial-pci,id=ports,bus={bus},addr={ports}{virtio}"),
         );
         let mut ports = vec![(
             "agent".to_owned(),
@@ -318,11 +412,21 @@ impl Builder<'_> {
     }
 
     fn small_devices(&mut self) {
+        let Slots {
+            bus,
+            virtio,
+            rng,
+            panic,
+            ..
+        } = self.slots;
         self.option(
             "-device",
-            "virtio-rng-pci,id=rng,bus=pcie.0,addr=0x5,disable-legacy=on",
+            format!("virtio-rng-pci,id=rng,bus={bus},addr={rng}{virtio}"),
         );
-        self.option("-device", "pvpanic-pci,id=panic,bus=pcie.0,addr=0x6");
+        self.option(
+            "-device",
+            format!("pvpanic-pci,id=panic,bus={bus},addr={panic}"),
+        );
         self.option("-device", "vmgenid,id=generation,guid=auto");
     }
 
@@ -332,25 +436,59 @@ impl Builder<'_> {
             Nic::Tap(mac) => (mac, What::Tap),
             Nic::Disconnected(mac) => (mac, What::LooseTap),
         };
-        self.one_nic("nic0", mac, Port::Nic, tap)
+        self.one_nic(spec, "nic0", mac, (Port::Nic, tap))
     }
 
     fn extra_nics(&mut self, spec: &MachineSpec) -> Result<()> {
         for (n, mac) in (0..Port::SPARE).zip(&spec.extra_nics) {
             let id = format!("{EXTRA_NIC}{}", n + 1);
-            self.one_nic(&id, *mac, Port::Spare(n), What::Tap)?;
+            self.one_nic(spec, &id, *mac, (Port::Spare(n), What::Tap))?;
         }
         Ok(())
     }
 
-    fn one_nic(&mut self, id: &str, mac: Mac, port: Port, tap: What) -> Result<()> {
+    fn one_nic(
+        &mut self,
+        spec: &MachineSpec,
+        id: &str,
+        mac: Mac,
+        (port, tap): (Port, What),
+    ) -> Result<()> {
         let fd = (self.hand)(tap)?;
         self.option("-netdev", format!("tap,id={id},fd={fd},vhost=off"));
         // No boot ROM: nobody boots from the network, and the firmware is faster without.
         self.option(
             "-device",
-            format!("virtio-net-pci,id={id},netdev={id},mac={mac},bus={port},romfile="),
+            format!(
+                "{},id={id},netdev={id},mac={mac},{},romfile=",
+                spec.hardware.nic.as_str(),
+                Socket::of(&spec.machine_type, port).option()
+            ),
         );
+        Ok(())
+    }
+
+    /// What an image chose, and a way to see its display.
+    fn hardware(&mut self, spec: &MachineSpec) -> Result<()> {
+        if let Some(file) = &spec.hardware.cdrom {
+            self.read_only_node("cdrom", "raw", file, None)?;
+            let device = "ide-cd,id=cdrom,bus=ide.1,drive=cdrom,bootindex=2";
+            self.option("-device", device);
+        }
+        for (name, value) in spec.hardware.options(self.slots) {
+            self.option(name, value);
+        }
+        if spec.hardware.graphics.is_none() {
+            return Ok(());
+        }
+        let fd = (self.hand)(What::Folder(spec.paths.display_folder()))?;
+        self.option(
+            "-vnc",
+            format!("unix:/proc/self/fd/{fd}/{DISPLAY_SOCKET},share=force-shared"),
+        );
+        if let Some(keymap) = spec.hardware.keymap() {
+            self.option("-k", keymap);
+        }
         Ok(())
     }
 
@@ -387,6 +525,7 @@ impl Builder<'_> {
 mod tests {
     use pileus_base::Size;
 
+    use super::super::hardware::{Graphics, Hardware, Sound, Topology, UsbController, UsbInput};
     use super::super::spec::{Disk, Paths};
     use super::*;
 
@@ -409,7 +548,9 @@ mod tests {
                 cmdline: "root=LABEL=cloudimg-rootfs ro console=ttyS0".into(),
             },
             nic: Nic::Tap("52:54:00:00:00:01".parse().unwrap()),
+            hardware: Hardware::default(),
             extra_nics: Vec::new(),
+            growth: Growth::default(),
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: false,
@@ -501,6 +642,70 @@ mod tests {
     }
 
     #[test]
+    fn one_that_can_grow_and_one_that_did() {
+        let room = Growth {
+            most_cpus: 5,
+            room: Size::gib(8),
+            ..Growth::default()
+        };
+        let spec = MachineSpec {
+            growth: room,
+            ..spec()
+        };
+        let grown = MachineSpec {
+            growth: Growth {
+                cpus: 2,
+                memory: Size::mib(512),
+                ..room
+            },
+            ..spec.clone()
+        };
+        insta::assert_snapshot!(differences(&spec) + "\n" + &differences(&grown));
+    }
+
+    /// With everything that an image can choose.
+    fn chosen(machine_type: &str) -> MachineSpec {
+        MachineSpec {
+            machine_type: machine_type.into(),
+            cpus: 4,
+            extra_nics: vec!["52:54:00:00:00:02".parse().unwrap()],
+            hardware: Hardware {
+                topology: Some(Topology {
+                    sockets: 1,
+                    cores: 2,
+                    threads: 2,
+                }),
+                nic: NicModel::E1000,
+                usb: Some(UsbController::Piix3),
+                graphics: Some(Graphics::Vga),
+                sound: Some(Sound::DuplexIntel),
+                inputs: vec![UsbInput::Keyboard, UsbInput::Mouse, UsbInput::Tablet],
+                keyboard_layout: Some("nl-be".into()),
+                uuid: Some(uuid::uuid!("52bab607-10f1-4049-a0f8-ee4725cb715b")),
+            },
+            ..spec()
+        }
+    }
+
+    #[test]
+    fn hardware_that_an_image_chose() {
+        insta::assert_snapshot!(differences(&chosen("pc-q35-10.0")));
+    }
+
+    #[test]
+    fn hardware_on_the_old_chipset() {
+        insta::assert_snapshot!(differences(&chosen("pc-i440fx-10.0")));
+        let (args, fds) = line(&chosen("pc-i440fx-10.0")).unwrap();
+        assert_eq!(extra_nics(&args), chosen("").extra_nics);
+        let folder = Path::new("/run/p/i/6f9b0a0e/display").to_owned();
+        assert!(fds.contains(&What::Folder(folder)));
+        // By it the process is found.
+        let at = args.iter().position(|arg| arg == "-uuid").unwrap();
+        assert_eq!(args[at + 1], spec().uuid.to_string());
+        assert!(!args.iter().any(|arg| arg.contains("pcie")), "{args:?}");
+    }
+
+    #[test]
     fn further_nics_are_on_spare_ports_and_read_back() {
         let macs = ["52:54:00:00:00:02", "52:54:00:00:00:03"].map(|mac| mac.parse().unwrap());
         let mut spec = MachineSpec {
@@ -562,5 +767,20 @@ mod tests {
         refused(|s| s.cpus = 0);
         refused(|s| s.memory = Size::kib(4));
         refused(|s| s.disk.layers.clear());
+        refused(|s| s.hardware.keyboard_layout = Some("de,x".into()));
+        refused(|s| {
+            s.hardware.topology = Some(Topology {
+                sockets: 1,
+                cores: 3,
+                threads: 1,
+            });
+        });
+        refused(|s| {
+            s.hardware.topology = Some(Topology {
+                sockets: u32::MAX,
+                cores: u32::MAX,
+                threads: 2,
+            });
+        });
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use pileus_base::{Code, Error, Result};
 
+use super::hardware::Abilities;
 use super::spec::{Accelerator, AcceleratorChoice};
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -71,6 +72,15 @@ impl Qemu {
             machine_type,
         })
     }
+
+    /// What it can do beyond the usual; asked when a machine needs it.
+    pub async fn abilities(&self) -> Result<Abilities> {
+        let (machines, devices) = tokio::try_join!(
+            ask(&self.program, &["-machine", "help"]),
+            ask(&self.program, &["-device", "help"])
+        )?;
+        Ok(Abilities::parse(&machines, &devices))
+    }
 }
 
 fn look_up(search: &OsStr) -> Option<PathBuf> {
@@ -118,11 +128,15 @@ fn parse_version(line: &str) -> Option<(u32, u32, u32)> {
     Some((next()?.ok()?, next()?.ok()?, next().unwrap_or(Ok(0)).ok()?))
 }
 
-/// From the line `q35   Standard PC (…) (alias of pc-q35-10.0)`.
 fn parse_machine_type(help: &str) -> Option<String> {
+    alias(help, "q35")
+}
+
+/// From the line `q35   Standard PC (…) (alias of pc-q35-10.0)`.
+pub(super) fn alias(help: &str, of: &str) -> Option<String> {
     let line = help
         .lines()
-        .find(|line| line.split_whitespace().next() == Some("q35"))?;
+        .find(|line| line.split_whitespace().next() == Some(of))?;
     let (_, rest) = line.rsplit_once("(alias of ")?;
     let name = rest.split(')').next()?.trim();
     (!name.is_empty()).then(|| name.to_owned())

@@ -70,7 +70,7 @@ pub fn spawn(
     let mut fds: Vec<OwnedFd> = Vec::new();
     let mut taps = taps.into_iter();
     let args = argv::arguments(spec, &mut |what| {
-        let fd = open(what, &mut taps)?;
+        let fd = open(what, &mut taps, confinement)?;
         let number = fd.as_raw_fd();
         fds.push(fd);
         Ok(number)
@@ -223,7 +223,11 @@ fn write_pid(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-fn open(what: What, taps: &mut impl Iterator<Item = OwnedFd>) -> Result<OwnedFd> {
+fn open(
+    what: What,
+    taps: &mut impl Iterator<Item = OwnedFd>,
+    confinement: Option<&Confinement>,
+) -> Result<OwnedFd> {
     let file = |path: &Path, options: &OpenOptions| {
         let file = options.open(path);
         file.io(format_args!("Opening {}", path.display()))
@@ -237,12 +241,28 @@ fn open(what: What, taps: &mut impl Iterator<Item = OwnedFd>) -> Result<OwnedFd>
             .next()
             .ok_or_else(|| Error::internal("The machine has a NIC but was given no tap"))?,
         What::LooseTap => super::loose_tap::make()?,
+        What::Folder(path) => folder(&path, confinement)?.into(),
         What::Memory { path, write } => {
             let mut options = OpenOptions::new();
             options.read(true).write(write);
             file(&path, options.custom_flags(libc::O_NOFOLLOW))?.into()
         }
     })
+}
+
+/// An empty folder that only QEMU's user can enter.
+fn folder(path: &Path, confinement: Option<&Confinement>) -> Result<File> {
+    let what = || format!("Making {}", path.display());
+    files::remove_folder(path)?;
+    files::create_folder(path, 0o700)?;
+    if let Some(who) = confinement {
+        std::os::unix::fs::chown(path, Some(who.uid), Some(who.gid)).io(what())?;
+    }
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
+        .open(path)
+        .io(what())
 }
 
 /// Write only: QEMU looks for a descriptor of just that kind when it opens a log.

@@ -9,6 +9,8 @@ use pileus_base::{Code, Error, InstanceName, Mac, Result, Size};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::hardware::Hardware;
+
 /// What runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -75,6 +77,12 @@ pub struct MachineSpec {
     /// `Vm::start` behind that of the first NIC.
     #[serde(default)]
     pub extra_nics: Vec<Mac>,
+    /// What it may get, and has got, while it runs.
+    #[serde(default)]
+    pub growth: Growth,
+    /// What it has besides the usual.
+    #[serde(default)]
+    pub hardware: Hardware,
     /// The machine waits for a saved state (`Vm::restore`), and then to be resumed.
     pub incoming: bool,
     /// QEMU is killed when this process ends, however it ends: the machine belongs to no instance.
@@ -82,6 +90,56 @@ pub struct MachineSpec {
     /// Nobody waits for it: it runs when the host has nothing else to do.
     pub in_background: bool,
     pub paths: Paths,
+}
+
+/// How a machine may grow while it runs (`grow.rs`), and how far it did since it was booted. The room is part
+/// of what the guest sees, so it stays the same as long as the machine lives, in files too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Growth {
+    /// Processors that it can have in all; those that it was booted with if that is more.
+    pub most_cpus: u32,
+    /// Memory that it can get beside what it was booted with; none if zero.
+    pub room: Size,
+    /// Processors that it got.
+    pub cpus: u32,
+    /// Memory that it got, in steps of [`Growth::STEP`].
+    pub memory: Size,
+}
+
+impl Default for Growth {
+    /// No room.
+    fn default() -> Self {
+        Self {
+            most_cpus: 0,
+            room: Size(0),
+            cpus: 0,
+            memory: Size(0),
+        }
+    }
+}
+
+impl Growth {
+    /// Memory comes in pieces of this size.
+    pub const STEP: u64 = 2 << 20;
+
+    /// The room that this host gives: as much as it has itself.
+    pub fn of_host() -> Self {
+        let info = rustix::system::sysinfo();
+        let bytes = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit.max(1)));
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            most_cpus: u32::try_from(cpus).unwrap_or(u32::MAX).min(255),
+            // What the kernel keeps for itself differs a little from boot to boot.
+            room: Size((bytes >> 30) << 30),
+            ..Self::default()
+        }
+    }
+
+    /// Sockets for this many processors each, enough for `most_cpus`: guests take no processor into a
+    /// socket that they already know.
+    pub(crate) fn sockets(&self, cpus: u32) -> u32 {
+        (self.most_cpus.max(cpus) / cpus.max(1)).max(1)
+    }
 }
 
 /// What a guest's memory is made of. The files are sparse, 0600, ours, and as long as
@@ -180,11 +238,23 @@ impl Paths {
         self.run.join("console.sock")
     }
 
+    /// The folder of the display's socket, which QEMU makes itself.
+    pub fn display_folder(&self) -> PathBuf {
+        self.run.join("display")
+    }
+
+    /// VNC, where the machine has a display. Who can enter the folder can see and type.
+    pub fn display(&self) -> PathBuf {
+        self.display_folder().join(DISPLAY_SOCKET)
+    }
+
     pub fn pid_file(&self) -> PathBuf {
         self.run.join("qemu.pid")
     }
 }
 
+/// Name of the display's socket in its folder.
+pub const DISPLAY_SOCKET: &str = "vnc.sock";
 /// Name of the agent's virtio-serial port, as the guest sees it in `/dev/virtio-ports/`.
 pub const AGENT_PORT: &str = "pileus.agent.0";
 /// How many ports carry SSH: one connection each, so that a session whose reader sleeps holds up
@@ -242,6 +312,19 @@ impl MachineSpec {
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
         if self.machine_type.is_empty() || !self.machine_type.bytes().all(plain) {
             return bad(format!("{:?} is no machine type", self.machine_type));
+        }
+        let keymap = self.hardware.keyboard_layout.as_deref();
+        if keymap.is_some_and(|name| name.is_empty() || !name.bytes().all(plain)) {
+            return bad(format!("{keymap:?} is no keyboard layout"));
+        }
+        if let Some(each) = self.hardware.topology
+            && each
+                .sockets
+                .checked_mul(each.cores)
+                .and_then(|n| n.checked_mul(each.threads))
+                != Some(self.cpus)
+        {
+            return bad(format!("{each:?} does not make {} CPUs", self.cpus));
         }
         if self.extra_nics.len() > usize::from(Port::SPARE) {
             return bad(format!(

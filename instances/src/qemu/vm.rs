@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use tokio::sync::{broadcast, watch};
 use tokio::task::AbortHandle;
 
+use super::hardware::{NicModel, Socket};
 use super::host::Qemu;
 use super::loan::Loan;
 use super::process::{self, Confinement, Exit};
@@ -309,6 +310,22 @@ impl Vm {
 
     /// Plugs a NIC in while the machine runs. `id` is ours to choose; `nic0` for [`Port::Nic`].
     pub async fn plug_nic(&self, id: &str, port: Port, mac: Mac, tap: OwnedFd) -> Result<()> {
+        let socket = Socket {
+            bus: port.to_string(),
+            addr: None,
+        };
+        self.plug_card(id, NicModel::Virtio, socket, mac, tap).await
+    }
+
+    /// The same for any model, and on any chipset.
+    pub async fn plug_card(
+        &self,
+        id: &str,
+        model: NicModel,
+        socket: Socket,
+        mac: Mac,
+        tap: OwnedFd,
+    ) -> Result<()> {
         let fdname = format!("tap-{id}");
         let name = GetFd {
             fdname: fdname.clone(),
@@ -320,15 +337,19 @@ impl Vm {
             let _ = self.client.run(&CloseFd { fdname }).await;
             return Err(err.into());
         }
+        let mut properties = object(json!({
+            "netdev": id,
+            "mac": mac.to_string(),
+            "romfile": "",
+        }));
+        if let Some(addr) = socket.addr {
+            properties.insert("addr".into(), addr.into());
+        }
         let device = DeviceAdd {
-            driver: "virtio-net-pci".into(),
+            driver: model.as_str().into(),
             id: id.into(),
-            bus: Some(port.to_string()),
-            properties: object(json!({
-                "netdev": id,
-                "mac": mac.to_string(),
-                "romfile": "",
-            })),
+            bus: Some(socket.bus),
+            properties,
         };
         if let Err(err) = self.client.run(&device).await {
             let _ = self.client.run(&NetdevDel { id: id.into() }).await;

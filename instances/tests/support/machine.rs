@@ -103,6 +103,8 @@ pub fn make(folder: &Path, qemu: &Qemu) -> MachineSpec {
         boot: Boot::Firmware,
         nic: Nic::None,
         extra_nics: Vec::new(),
+        hardware: Default::default(),
+        growth: Default::default(),
         ram: Memory::Private,
         incoming: false,
         ends_with_daemon: false,

@@ -191,6 +191,7 @@ impl Service {
             super::order::default_disk(image_size),
             &host.qemu,
             host.accelerator,
+            host.growth,
         )
     }
 

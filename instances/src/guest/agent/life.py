@@ -117,6 +117,42 @@ def grow(agent, _request):
     return {"disk": report()["disk"]}, lambda: agent.send(report())
 
 
+SYSTEM = "/sys/devices/system/"
+
+
+def can_grow(_agent, _request):
+    """How many processors this kernel is prepared for, and whether it takes memory that comes later."""
+    last = re.findall(r"\d+", read_text(SYSTEM + "cpu/possible"))[-1:]
+    return {"cpus": int(last[0]) + 1 if last else 0, "memory": takes_memory()}, None
+
+
+def takes_memory():
+    driver, online = "/sys/bus/virtio/drivers/virtio_mem", SYSTEM + "memory/auto_online_blocks"
+    if not os.path.isdir(driver):
+        attempt(run, ["modprobe", "virtio_mem"])
+    if read_text(online).strip() == "offline":
+        # As what can be given back.
+        attempt(write_word, online, "online_movable")
+    return os.path.isdir(driver) and read_text(online).strip() not in ("", "offline")
+
+
+def write_word(path, word):
+    with open(path, "w") as file:
+        file.write(word)
+
+
+def take_cpus(agent, request):
+    """New processors are there a moment after the host put them in, and wait to be used."""
+    count, until = int(request["cpus"]), time.monotonic() + 10
+    while os.sysconf("SC_NPROCESSORS_ONLN") < count and time.monotonic() < until:
+        for name in os.listdir(SYSTEM + "cpu"):
+            switch = SYSTEM + "cpu/%s/online" % name
+            if re.match(r"^cpu\d+$", name) and read_text(switch).strip() == "0":
+                attempt(write_word, switch, "1")
+        time.sleep(0.05)
+    return {"cpus": os.sysconf("SC_NPROCESSORS_ONLN")}, lambda: agent.send(report())
+
+
 def rename(agent, request):
     """Another name for the same machine. The host's seed says it too, or cloud-init would undo this."""
     name = str(request["hostname"])
@@ -214,6 +250,6 @@ def sync(_agent, _request):
     return None, None
 
 
-LIFE = {"resumed": resumed, "rename": rename, "grow": grow, "wall": wall, "sync": sync}
+LIFE = {"can-grow": can_grow, "take-cpus": take_cpus, "resumed": resumed, "rename": rename, "grow": grow, "wall": wall, "sync": sync}
 
 

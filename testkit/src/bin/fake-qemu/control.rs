@@ -114,7 +114,15 @@ fn perform(
         }
         "blockdev-snapshot" => locked(&machine.disk).put_on_top(arguments),
         "block_resize" => locked(&machine.disk).resize(arguments),
-        "qom-get" => Ok(json!(locked(&machine.disk).top())),
+        // It has the processors and the memory that it was started with, and room for no more.
+        "query-hotpluggable-cpus" => Ok(machine.processors()),
+        "query-memory-size-summary" => Ok(json!({"base-memory": machine.memory, "plugged-memory": 0})),
+        "qom-get" => match (arguments["path"].as_str(), arguments["property"].as_str()) {
+            (Some("/machine/peripheral/more-memory"), Some("size")) => Ok(json!(0)),
+            (Some("/objects/more"), _) => Ok(json!(machine.room)),
+            (Some("/machine/peripheral/more-memory"), _) => Ok(json!("")),
+            _ => Ok(json!(locked(&machine.disk).top())),
+        },
         "query-fdsets" => Ok(locked(&machine.disk).fdsets()),
         "query-block" => Ok(locked(&machine.disk).devices()),
         "query-named-block-nodes" => Ok(locked(&machine.disk).named()),

@@ -67,6 +67,10 @@ pub struct Machine {
     pub name: String,
     uuid: String,
     pub words: Vec<String>,
+    /// Processors, memory and room for more in bytes.
+    cpus: u32,
+    pub memory: u64,
+    pub room: u64,
     /// Where the console log lies; words are looked for beside it.
     place: Option<PathBuf>,
     log: Option<Mutex<File>>,
@@ -124,6 +128,18 @@ fn time_of(words: &[String], name: &str) -> Duration {
 }
 
 impl Machine {
+    /// `query-hotpluggable-cpus`
+    pub fn processors(&self) -> serde_json::Value {
+        let place = |n: u32| {
+            serde_json::json!({
+                "type": "max-x86_64-cpu",
+                "props": {"socket-id": 0, "core-id": n, "thread-id": 0},
+                "qom-path": format!("/machine/unattached/device[{n}]"),
+            })
+        };
+        (0..self.cpus).map(place).collect()
+    }
+
     pub fn has(&self, word: &str) -> bool {
         self.words.iter().any(|w| w == word)
     }
@@ -427,6 +443,9 @@ fn run(args: &[String]) {
     let machine = Arc::new(Machine {
         name: name.to_owned(),
         uuid: option(args, "-uuid").next().unwrap_or_default().to_owned(),
+        cpus: number(args, "-smp", "cpus", None) as u32,
+        memory: number(args, "-object", "size", Some("ram")),
+        room: number(args, "-object", "size", Some("more")),
         words: words(folder.as_deref(), name),
         place: folder,
         log: log.map(Mutex::new),
@@ -490,6 +509,13 @@ fn part<'a>(option: &'a str, key: &str) -> Option<&'a str> {
         .filter_map(|part| part.split_once('='))
         .find(|(k, _)| *k == key)
         .map(|(_, value)| value)
+}
+
+/// A number in an option; in the one with this id.
+fn number(args: &[String], name: &str, key: &str, id: Option<&str>) -> u64 {
+    let mut options = option(args, name).filter(|v| id.is_none() || part(v, "id") == id);
+    let value = options.find_map(|v| part(v, key));
+    value.and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
 fn log_file(args: &[String], disk: &Disk) -> Option<File> {
