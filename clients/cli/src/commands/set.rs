@@ -16,7 +16,7 @@ Without a value it is asked for, or read from standard input.
 
 Examples:
   pileus set local.warm=off
-  pileus set local.web.cpus=4         from its next boot on, if it runs
+  pileus set local.web.cpus=4         at once if the guest can, else at its next boot
   pileus set local.web.autostart=always")]
 pub struct Args {
     /// The setting's key and value; the value may be a word of its own
