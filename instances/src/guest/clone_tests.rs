@@ -121,3 +121,62 @@ for protocol in (2, 4, 5):
     drop(stdin);
     assert!(python.wait().unwrap().success());
 }
+
+/// A stand-in for sshd that stops to listen for a while when it is told to read its keys.
+#[test]
+fn an_sshd_that_reads_its_keys_anew_is_waited_for_until_it_listens() {
+    super::super::in_agent::in_agent(
+        r##"
+import os, signal, socket, subprocess, time
+exec(compile(clone, "clone.py", "exec"), names)
+server = r"""
+import signal, socket, sys, time
+def listen():
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s.bind(("127.0.0.1", int(sys.argv[1]) if len(sys.argv) > 1 else 0))
+    s.listen(1)
+    return s
+s = listen()
+sys.argv[1:] = [str(s.getsockname()[1])]
+def again(*_):
+    global s
+    s.close()
+    time.sleep(0.4)
+    s = listen()
+signal.signal(signal.SIGHUP, again)
+print(sys.argv[1], flush=True)
+while True: signal.pause()
+"""
+child = subprocess.Popen([sys.executable, "-I", "-c", server], stdout=subprocess.PIPE)
+try:
+    port = int(child.stdout.readline())
+    os.kill(child.pid, signal.SIGSTOP)
+    login = names["Login"](child.pid)
+    assert len(login.before) == 1, login.before
+    began = time.monotonic()
+    login.renew()
+    login.wait()
+    assert 0.3 < time.monotonic() - began < 9, time.monotonic() - began
+    socket.create_connection(("127.0.0.1", port), 1).close()
+    # One that PID 1 gave its socket never closes it; one that does not come back is not waited for long.
+    began = time.monotonic()
+    login = names["Login"](child.pid)
+    login.wait(0.1)
+    assert 0.1 < time.monotonic() - began < 5
+    pids = names["open_files"]
+    names["open_files"] = lambda pid: pids(child.pid)
+    names["Login"](child.pid).wait(60)
+    names["open_files"] = pids
+    child.kill()
+    child.wait()
+    login.wait(60)
+    # None at all.
+    names["Login"](0).renew()
+    names["Login"](0).wait(60)
+    assert time.monotonic() - began < 30
+finally:
+    child.kill()
+"##,
+    );
+}

@@ -155,12 +155,14 @@ def booted(agent, request):
     steps.mark("secrets")
     nic = request.get("nic")
     network = Network() if nic else None
+    logins = []
     lost = bool(nic) and take_network(nic, settings["instance"])
     if other or lost:
         restart_all(steps, nic)
     elif keys:
-        for unit in SSHD_UNITS:
-            send_signal(main_pid(unit), signal.SIGHUP)
+        logins = [Login(pid) for pid in map(main_pid, SSHD_UNITS) if pid > 1]
+        for login in logins:
+            login.renew()
     remove(*(path for path in glob.glob("/var/log/journal/*")
              if re.match(r"^[0-9a-f]{32}$", os.path.basename(path)) and not path.endswith(request["machine_id"])))
     steps.mark("journals")
@@ -171,6 +173,8 @@ def booted(agent, request):
         steps.mark("grow")
     if network:
         network.wait(nic, steps)
+    for login in logins:
+        login.wait()
     remove(agent.paths.etc + "/before")
     announce(agent)
     return {"steps": steps.done}, lambda: (os.sync(), agent.send(report()))

@@ -229,10 +229,58 @@ class Network:
             Agent.empty(lambda: self.sock.recv(65536))
 
 
+LOGIN_BOUND = 10.0
+TCP_LISTEN = "0A"
+
+
+def open_files(pid):
+    """What a process has open, as far as that can be seen."""
+    folder, names = "/proc/%d/fd" % pid, set()
+    for fd in os.listdir(folder) if os.path.isdir(folder) else ():
+        try:
+            names.add(os.readlink(folder + "/" + fd))
+        except OSError:
+            pass
+    return names
+
+
+class Login:
+    """The system's own sshd, which reads its keys when it executes itself anew. Meanwhile its port refuses
+    connections, so that whoever may use it must be told later."""
+
+    def __init__(self, pid):
+        self.pid = pid
+        self.before = self.listeners() if pid > 1 else set()
+        # Given to it by PID 1, its socket never closes.
+        self.closes = self.before and not {"socket:[%s]" % inode for inode in self.before} & open_files(1)
+
+    def listeners(self):
+        """Inodes of the sockets that it listens on."""
+        mine = open_files(self.pid)
+        table = read_text("/proc/net/tcp", 1 << 20) + read_text("/proc/net/tcp6", 1 << 20)
+        words = (line.split() for line in table.splitlines())
+        return {w[9] for w in words if len(w) > 9 and w[3] == TCP_LISTEN and "socket:[%s]" % w[9] in mine}
+
+    def renew(self):
+        """Also one that stands still."""
+        send_signal(self.pid, signal.SIGHUP)
+        send_signal(self.pid, signal.SIGCONT)
+
+    def wait(self, bound=LOGIN_BOUND):
+        """Until it listens again, as far as it did."""
+        deadline = time.monotonic() + bound
+        while self.closes and os.path.exists("/proc/%d" % self.pid):
+            now = self.listeners()
+            if now and not now & self.before:
+                return
+            if time.monotonic() > deadline:
+                log("sshd does not listen again")
+                return
+            time.sleep(0.02)
+
+
 def identify(agent, request):
     """Makes this clone the machine that the request describes. Returns [[step, milliseconds]]."""
-    if request.get("mode") == "booted":
-        return booted(agent, request)
     if request.get("mode") == "booted":
         return booted(agent, request)
     steps = Steps()
@@ -267,6 +315,11 @@ def identify(agent, request):
         json.dumps(settings, sort_keys=True, separators=(",", ":")) + "\n", 0o600)
     agent.settings = settings
     write_keys(agent, old, change, request)
+    login = None
+    if quiet.login and not request.get("cloud_init"):
+        # It executes itself anew and reads the new keys, while we go on.
+        login = quiet.login
+        login.renew()
     steps.mark("keys")
     if request.get("cloud_init"):
         forget_cloud_init(agent)
@@ -302,6 +355,9 @@ def identify(agent, request):
     prefer(0, os.getpid(), threading.get_native_id())
     if network:
         network.wait(nic, steps)
+    if login:
+        login.wait()
+        steps.mark("logins")
     agent.quiet = None
     announce(agent)
     return {"steps": steps.done}, lambda: settle(agent, quiet, nic, bool(request.get("cloud_init")))
@@ -386,13 +442,11 @@ def settle(agent, quiet, nic, cloud_init):
         deadline = time.monotonic() + 120
         while not users_are_made(agent.paths.cloud) and time.monotonic() < deadline:
             time.sleep(0.1)
+        quiet.login.renew()
     else:
         wait_idle(IDLE_FOR, SETTLE_AFTER)
         # The one with the template's id has done nothing since; its successor reads what waits for it.
         send_signal(quiet.stopped.get("journald", 0), signal.SIGKILL)
-    # It executes itself anew before it takes the next connection, and reads the new keys.
-    send_signal(quiet.stopped.get("sshd", 0), signal.SIGHUP)
-    send_signal(quiet.stopped.get("sshd", 0), signal.SIGCONT)
     if not cloud_init and agent.standby is None:
         attempt(tell_stages, b"end")
     if nic:
@@ -423,9 +477,10 @@ def restart_all(steps, nic):
     for card in addresses():
         if nic and card["mac"] == nic["mac"] and card["name"] != "eth0":
             run(["udevadm", "trigger", "--settle", "--action=add", "/sys/class/net/" + card["name"]])
+    # Not in the background: when it has ended, sshd listens.
     for unit in SSHD_UNITS:
         if main_pid(unit):
-            run(["systemctl", "--no-block", "restart", unit])
+            attempt(run, ["systemctl", "restart", unit])
             break
     steps.mark("services")
 

@@ -189,6 +189,7 @@ class Quiet:
     def __init__(self):
         self.old = None
         self.stopped = {}
+        self.login = None
         self.timers = []
         self.helper = None
         self.rehearsed = False
@@ -336,6 +337,7 @@ def quiesce(agent, bound):
     if not os.path.exists(HOOKS):
         attempt(os.makedirs, HOOKS, 0o755)
     quiet.stopped = {"networkd": networkd, "journald": journald, "sshd": sshd}
+    quiet.login = Login(sshd)
     rehearse(agent, quiet)
     for pid in (networkd, sshd):
         send_signal(pid, signal.SIGSTOP)
