@@ -198,11 +198,7 @@ impl Image {
 
     /// When it was last obtained.
     pub fn last_used(&self) -> Timestamp {
-        std::fs::metadata(self.folder.join(USED))
-            .and_then(|m| m.modified())
-            .ok()
-            .and_then(|time| Timestamp::try_from(time).ok())
-            .unwrap_or(self.info.created)
+        last_used(&self.folder).unwrap_or(self.info.created)
     }
 
     /// Remembers the use. Not worth failing for.
@@ -252,6 +248,12 @@ pub(crate) fn damaged(digest: &Digest, why: &str) -> Error {
         format!("The stored image {} is damaged: {why}", digest.short()),
     )
     .advise("Remove it; it is fetched again when it is needed.")
+}
+
+/// When the image of a folder was last used, if that was recorded.
+pub(crate) fn last_used(folder: &Path) -> Option<Timestamp> {
+    let used = std::fs::metadata(folder.join(USED)).ok()?;
+    Timestamp::try_from(used.modified().ok()?).ok()
 }
 
 /// Bytes allocated by the files of a folder.

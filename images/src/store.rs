@@ -30,7 +30,7 @@ use crate::hosts::Host;
 use crate::hosts::build::BuildHost;
 use crate::hosts::file::FileHost;
 use crate::hosts::http::HttpHost;
-use crate::image::{Image, ImageInfo};
+use crate::image::{self, Image, ImageInfo};
 use crate::lock::{self, Hold};
 use crate::obtain::Flights;
 use crate::sources::Sources;
@@ -240,17 +240,23 @@ impl Store {
         for (name, digest) in self.tags()? {
             tags.entry(digest).or_default().push(name);
         }
-        let mut images: Vec<_> = self
-            .digests()?
-            .iter()
-            .filter_map(|digest| self.get(digest))
-            .map(|image| Listed {
-                info: image.info().clone(),
-                last_used: image.last_used(),
-                allocated: image.allocated(),
-                tags: tags.remove(image.digest()).unwrap_or_default(),
-            })
-            .collect();
+        let mut images = Vec::new();
+        for digest in self.digests()? {
+            let folder = self.folder(&digest);
+            // Not held: a look keeps nobody from removing it.
+            match image::read_info(&folder, &digest) {
+                Ok(info) => images.push(Listed {
+                    last_used: image::last_used(&folder).unwrap_or(info.created),
+                    allocated: image::allocated(&folder),
+                    tags: tags.remove(&digest).unwrap_or_default(),
+                    info,
+                }),
+                Err(err) if folder.exists() => {
+                    tracing::warn!(image = digest.short(), %err, "image left out");
+                }
+                Err(_) => {}
+            }
+        }
         images.sort_by_key(|image| std::cmp::Reverse(image.last_used));
         Ok(images)
     }

@@ -6,6 +6,7 @@ mod collect;
 mod crash;
 mod download;
 mod formats;
+mod manager;
 mod overlay;
 mod server;
 mod share;
