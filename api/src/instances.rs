@@ -89,6 +89,10 @@ pub struct LaunchRequest {
     /// always boots.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network_config: Option<Blob>,
+    /// A machine definition (machine.json, version 1): what it says goes before what the image's own says;
+    /// `cpus` and `memory` go before both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<serde_json::Value>,
     /// Networks of the host that it is connected to besides pileus's own. A guest that has any always
     /// boots.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

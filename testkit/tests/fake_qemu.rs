@@ -46,6 +46,7 @@ impl Fake {
             boot: Boot::Firmware,
             nic: Nic::None,
             extra_nics: Vec::new(),
+            hardware: Default::default(),
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: false,

@@ -23,10 +23,17 @@ pub fn available() -> Option<Size> {
     parse(&std::fs::read_to_string("/proc/meminfo").ok()?)
 }
 
+/// All the memory that the host has; none if it can't be known.
+pub fn all() -> Option<Size> {
+    field(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")
+}
+
 fn parse(meminfo: &str) -> Option<Size> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    field(meminfo, "MemAvailable:")
+}
+
+fn field(meminfo: &str, name: &str) -> Option<Size> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(Size(kib.saturating_mul(1024)))
 }

@@ -38,7 +38,7 @@ impl Decided {
     /// Why it can't start from a template, which is always a usual machine.
     pub fn obstacle(&self) -> Option<String> {
         let own = self.old_chipset || self.mac.is_some() || !self.hardware.is_usual();
-        own.then(|| "the image's machine.json asks for hardware of its own".to_owned())
+        own.then(|| "the image or the launch asks for hardware of its own".to_owned())
     }
 }
 
@@ -49,16 +49,17 @@ pub(super) fn decide(
     host_memory: Option<Size>,
 ) -> Result<Decided> {
     let nothing = Machine::default();
-    let machine = wanted.machine.as_ref().unwrap_or(&nothing);
+    let asked = wanted.machine.as_ref();
+    let machine = asked.map_or(&nothing, |asked| &asked.machine);
     let machine = machine.with_defaults(image.unwrap_or(&nothing));
-    let mut notes = Vec::new();
+    let mut notes = asked.map_or(Vec::new(), |asked| asked.warnings.clone());
     let said = machine.memory.map(|mib| Size::mib(mib.into()));
     let memory = match (wanted.memory, said) {
         (Some(memory), _) => memory,
         (None, None) => DEFAULT_MEMORY,
         (None, Some(said)) if said < LEAST_MEMORY => {
             notes.push(format!(
-                "The image's machine.json asks for {said} of memory; the least that a machine can \
+                "The machine.json asks for {said} of memory; the least that a machine can \
                  have is {LEAST_MEMORY}."
             ));
             LEAST_MEMORY
@@ -71,9 +72,7 @@ pub(super) fn decide(
     {
         return Err(Error::new(
             Code::NoMemory,
-            format!(
-                "The image's machine.json asks for {memory} of memory, and this host has {has}"
-            ),
+            format!("The machine.json asks for {memory} of memory, and this host has {has}"),
         )
         .advise("Give the instance less with --memory."));
     }
@@ -281,7 +280,7 @@ mod tests {
         );
         let asked = |cpus, memory, own: Option<&str>| {
             let mut wanted = wanted(cpus, memory);
-            wanted.machine = own.map(machine);
+            wanted.machine = own.map(|json| Machine::parse(json.as_bytes()).unwrap());
             decide(&wanted, Some(&image), None).unwrap()
         };
         let plain = asked(None, None, None);

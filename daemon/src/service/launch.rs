@@ -25,16 +25,18 @@ use pileus_instances::driver::{QemuDriver, RunningVm, SEED};
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::machine::{BOOT_TIMEOUT, Config, Machine, Snapshot};
 
-use super::admission::{Promise, Start};
+use super::admission::{self, Promise, Start};
 use super::given::seed_of;
+use super::hardware::{Decided, decide};
 use super::lifecycle::bound;
-use super::order::{DEFAULT_DISK, Order, check, default_disk, free_name};
+use super::order::{DEFAULT_DISK, DEFAULT_MEMORY, Order, check, default_disk, free_name};
 use super::registry::{Instance, RowJournal};
 use super::warm::Choice;
 use super::wiring::{self, HostWiring};
 use super::{Service, convert, leases};
 use crate::http::listener::Peer;
 use crate::state;
+use crate::state::demand::Shape;
 use crate::state::instances::{ExtraNic, History, InstanceRow, Spec, Stage};
 
 /// A launch under way.
@@ -42,8 +44,20 @@ pub(super) struct Work<'a> {
     pub order: &'a Order,
     pub image: Arc<Image>,
     pub report: &'a Reporter,
+    /// The machine that the instance gets.
+    pub machine: Decided,
     /// How long each phase took that is over.
     pub phases: Vec<PhaseTime>,
+}
+
+impl Work<'_> {
+    pub(super) fn shape(&self) -> Shape {
+        Shape {
+            image: self.image.digest().clone(),
+            cpus: self.machine.cpus,
+            memory: self.machine.memory,
+        }
+    }
 }
 
 impl Service {
@@ -71,7 +85,11 @@ impl Service {
         began
     }
 
-    async fn reserve(&self, order: &Order, extra_nics: Vec<ExtraNic>) -> Result<Arc<Instance>> {
+    pub(super) async fn reserve(
+        &self,
+        order: &Order,
+        extra_nics: Vec<ExtraNic>,
+    ) -> Result<Arc<Instance>> {
         let lease = match order.request.lease {
             Some(seconds) => Some(leases::expiry((self.parts.clock)(), seconds)?),
             None => None,
@@ -82,8 +100,9 @@ impl Service {
             timezone: order.request.timezone.clone(),
             extra_nics,
             ..Spec::new(
-                wanted.cpus,
-                wanted.memory,
+                // What the image wants is known later.
+                wanted.cpus.unwrap_or(1),
+                wanted.memory.unwrap_or(DEFAULT_MEMORY),
                 order.disk.unwrap_or(DEFAULT_DISK),
             )
         };
@@ -142,7 +161,7 @@ impl Service {
         Ok(instance)
     }
 
-    async fn carry_out(
+    pub(super) async fn carry_out(
         &self,
         order: &Order,
         instance: &Arc<Instance>,
@@ -221,11 +240,17 @@ impl Service {
         };
         let host = self.parts.hypervisor.get().await?;
         self.warn_once(host.warning.as_deref(), report).await?;
+        let of_image = image.info().machine.as_ref();
+        let mut machine = decide(&order.wanted, of_image, admission::all())?;
+        let machine_type = self.settle(instance, &mut machine, &host, report).await?;
         let source = order.wanted.source.clone();
         instance
             .change(|row| {
                 row.spec.disk = disk;
-                row.spec.machine_type = Some(host.qemu.machine_type.clone());
+                row.spec.cpus = machine.cpus;
+                row.spec.memory = machine.memory;
+                row.spec.hardware = machine.hardware.clone();
+                row.spec.machine_type = Some(machine_type);
                 row.spec.image = Some(InstanceImage {
                     digest: image.digest().clone(),
                     source,
@@ -238,6 +263,7 @@ impl Service {
             order,
             image,
             report,
+            machine,
             phases: vec![PhaseTime::new(Phase::ResolvingImage, began.elapsed())],
         })
     }
@@ -248,7 +274,7 @@ impl Service {
         work: &mut Work<'_>,
         instance: &mut Arc<Instance>,
     ) -> Result<(Option<RunningVm>, Promise)> {
-        let memory = work.order.wanted.memory;
+        let memory = work.machine.memory;
         let reason = match self.choose(work).await? {
             Choice::Warm(template) => {
                 let promise = self.admit(memory, Start::Warm).await?;

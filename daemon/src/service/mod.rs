@@ -15,6 +15,7 @@ mod extra_nics;
 mod fork;
 mod given;
 mod guest;
+mod hardware;
 mod host;
 mod images;
 mod instance_settings;

@@ -4,17 +4,18 @@ use std::os::fd::AsRawFd;
 
 use pileus_api::LaunchRequest;
 use pileus_base::{Code, Error, InstanceName, Result, Size};
-use pileus_images::{Image, ImageRef};
+use pileus_images::ImageRef;
+use pileus_images::packed::Machine;
+use pileus_images::packed::machine::Parsed;
 use pileus_instances::guest::cloud_init;
 
 use super::Mode;
 use super::given::Given;
 use crate::http::listener::Peer;
-use crate::state::demand::Shape;
 
 pub(super) const MIN_MEMORY: Size = Size::mib(512);
 const MIN_DISK: Size = Size::gib(1);
-const DEFAULT_MEMORY: Size = Size::gib(1);
+pub(super) const DEFAULT_MEMORY: Size = Size::gib(1);
 pub(super) const DEFAULT_DISK: Size = Size::gib(5);
 /// The name that every host set-up can launch.
 const DEFAULT_IMAGE: &str = "default";
@@ -25,8 +26,10 @@ pub(super) const MAX_CPUS: u32 = 255;
 pub(super) struct Wanted {
     pub source: String,
     pub image: ImageRef,
-    pub cpus: u32,
-    pub memory: Size,
+    pub cpus: Option<u32>,
+    pub memory: Option<Size>,
+    /// Hardware that goes before what the image's machine.json says, and what is to be told of it.
+    pub machine: Option<Parsed>,
     /// Keeps the image's file open until it is in the store.
     pub file: Option<std::fs::File>,
 }
@@ -38,16 +41,6 @@ pub(super) struct Order {
     pub disk: Option<Size>,
     pub given: Given,
     pub request: LaunchRequest,
-}
-
-impl Order {
-    pub(super) fn shape(&self, image: &Image) -> Shape {
-        Shape {
-            image: image.digest().clone(),
-            cpus: self.wanted.cpus,
-            memory: self.wanted.memory,
-        }
-    }
 }
 
 impl Wanted {
@@ -79,29 +72,31 @@ pub(super) fn check_shape(
         .filter(|image| !image.is_empty())
         .unwrap_or_else(|| DEFAULT_IMAGE.to_owned());
     let image = source.parse()?;
-    let cpus = cpus.unwrap_or(1);
-    if cpus == 0 || cpus > MAX_CPUS {
+    if let Some(cpus) = cpus.filter(|cpus| !(1..=MAX_CPUS).contains(cpus)) {
         return Err(Error::new(
             Code::InvalidArgument,
             format!("{cpus} is no possible number of CPUs"),
         )
         .advise(format!("Give a number from 1 to {MAX_CPUS}.")));
     }
-    let memory = memory.unwrap_or(DEFAULT_MEMORY);
-    at_least("memory", memory, MIN_MEMORY)?;
+    if let Some(memory) = memory {
+        at_least("memory", memory, MIN_MEMORY)?;
+    }
     Ok(Wanted {
         source,
         image,
         cpus,
         // QEMU wants whole mebibytes.
-        memory: memory.round_up(1 << 20),
+        memory: memory.map(|memory| memory.round_up(1 << 20)),
+        machine: None,
         file: None,
     })
 }
 
 /// Everything that can be wrong with a request without looking at the host.
 pub(super) fn check(mut request: LaunchRequest) -> Result<Order> {
-    let wanted = check_shape(request.image.clone(), request.cpus, request.memory)?;
+    let mut wanted = check_shape(request.image.clone(), request.cpus, request.memory)?;
+    wanted.machine = request.machine.take().as_ref().map(machine).transpose()?;
     if let Some(disk) = request.disk {
         at_least("disk", disk, MIN_DISK)?;
     }
@@ -144,6 +139,15 @@ pub(super) fn check(mut request: LaunchRequest) -> Result<Order> {
             network_config,
         },
         request,
+    })
+}
+
+/// A machine definition in a request.
+fn machine(value: &serde_json::Value) -> Result<Parsed> {
+    Machine::parse(value.to_string().as_bytes()).map_err(|err| {
+        let mut refused = Error::new(Code::InvalidArgument, "Invalid machine definition");
+        refused.details.clone_from(&err.details);
+        refused.with_source(err)
     })
 }
 
@@ -224,6 +228,13 @@ mod tests {
                     ..Default::default()
                 },
                 Code::InvalidCloudInit,
+            ),
+            (
+                LaunchRequest {
+                    machine: Some(serde_json::json!({"version": 1, "network": "ne2k"})),
+                    ..Default::default()
+                },
+                Code::InvalidArgument,
             ),
             (
                 LaunchRequest {

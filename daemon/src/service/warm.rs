@@ -14,6 +14,7 @@ use pileus_instances::guest::cloud_init;
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::guest::seed;
 use pileus_instances::machine::{Driver, Vm};
+use pileus_instances::qemu::hardware;
 use pileus_instances::warm::{self, Saved};
 
 use super::given::seed_of;
@@ -26,7 +27,7 @@ use super::templates::Template;
 use super::{Service, wiring};
 use crate::state;
 use crate::state::demand::Shape;
-use crate::state::instances::InstanceRow;
+use crate::state::instances::{InstanceRow, Spec};
 
 /// A seed has 1 MiB, and the agent needs some of it.
 const LARGE: usize = 512 << 10;
@@ -54,7 +55,15 @@ impl Service {
             };
         }
         let host = self.parts.hypervisor.get().await?;
-        let shape = order.shape(image);
+        if let Some(reason) = work.machine.obstacle() {
+            return match wish {
+                Warm::Require => {
+                    Err(no_template(&reason).advise("Launch it without --warm: then it boots."))
+                }
+                _ => Ok(Choice::Cold(Some(reason))),
+            };
+        }
+        let shape = work.shape();
         let key = self.template_key(&host, &shape, image.info().virtual_size);
         let Some(template) = self.parts.templates.ready(&key) else {
             let reason = "there is no template for this image and shape yet";
@@ -323,7 +332,9 @@ impl Service {
         let row = instance.row();
         let Some(image) = &row.spec.image else { return };
         let cold = matches!(row.spec.origin, Origin::Cold { .. });
-        if cold && order.request.warm != Some(Warm::Never) {
+        // A template has the usual machine.
+        let usual = row.spec.hardware.is_usual() && !is_old(&row.spec);
+        if cold && usual && order.request.warm != Some(Warm::Never) {
             self.note_demand(Shape {
                 image: image.digest.clone(),
                 cpus: row.spec.cpus,
@@ -332,6 +343,10 @@ impl Service {
             .await;
         }
     }
+}
+
+fn is_old(spec: &Spec) -> bool {
+    spec.machine_type.as_deref().is_some_and(hardware::is_old)
 }
 
 fn no_template(why: &str) -> Error {

@@ -11,6 +11,7 @@ use pileus_api::{
 use pileus_base::process::ProcessId;
 use pileus_base::{Code, Error, InstanceName, Mac, Result, Size, SnapshotName};
 use pileus_instances::machine::Saved;
+use pileus_instances::qemu::Hardware;
 use rusqlite::{OptionalExtension, Row, Transaction, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -71,6 +72,9 @@ pub struct Spec {
     /// The snapshot that it stands on.
     #[serde(default)]
     pub head: Option<Uuid>,
+    /// What the machine has besides the usual; decided at its launch.
+    #[serde(default, skip_serializing_if = "Hardware::is_usual")]
+    pub hardware: Hardware,
     /// Cards in the host's networks, besides the one in ours.
     #[serde(default)]
     pub extra_nics: Vec<ExtraNic>,
@@ -141,11 +145,12 @@ impl Spec {
             clones_made: 0,
             head: None,
             extra_nics: Vec::new(),
+            hardware: Hardware::default(),
         }
     }
 
     /// The same hardware and settings for another instance, without this one's life. No two cards have
-    /// one address.
+    /// one address, and no two machines one id.
     pub fn for_another(&self) -> Self {
         Self {
             image: self.image.clone(),
@@ -155,6 +160,10 @@ impl Spec {
             on_crash: self.on_crash,
             timezone: self.timezone.clone(),
             extra_nics: self.extra_nics.iter().map(ExtraNic::for_another).collect(),
+            hardware: Hardware {
+                uuid: None,
+                ..self.hardware.clone()
+            },
             ..Self::new(self.cpus, self.memory, self.disk)
         }
     }
@@ -312,6 +321,23 @@ pub fn macs_are_free(tx: &Transaction<'_>, nics: &[ExtraNic]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whose first or further card has this MAC address, but for the instance `id`.
+pub fn mac_holder(tx: &Transaction<'_>, id: Uuid, mac: Mac) -> Result<Option<InstanceName>> {
+    let has = |row: &InstanceRow| {
+        let mut further = row.spec.extra_nics.iter();
+        row.mac == mac || further.any(|nic| nic.mac == mac)
+    };
+    let mut others = all(tx)?.0.into_iter().filter(|row| row.id != id);
+    Ok(others.find(has).map(|row| row.name))
+}
+
+/// Whose firmware names this id, but for the instance `id`.
+pub fn uuid_holder(tx: &Transaction<'_>, id: Uuid, uuid: Uuid) -> Result<Option<InstanceName>> {
+    let has = |row: &InstanceRow| row.id == uuid || row.spec.hardware.uuid == Some(uuid);
+    let mut others = all(tx)?.0.into_iter().filter(|row| row.id != id);
+    Ok(others.find(has).map(|row| row.name))
 }
 
 /// Adds a new instance; its name, address, MAC and slot must be free.

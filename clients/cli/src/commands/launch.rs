@@ -1,14 +1,14 @@
 //! `pileus launch`: asks for a new instance, shows how it comes up, and names it at the end.
 
 use std::cell::Cell;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pileus_api::{
     Blob, Code, Digest, InstanceName, LaunchNetwork, LaunchRequest, NetworkMode, Operation,
     OperationEvent, OperationState, Phase, Size, Warm,
 };
-use pileus_base::Error;
+use pileus_base::{Error, files};
 use pileus_client::Client;
 use tokio::time::Instant;
 
@@ -20,6 +20,8 @@ use crate::signals::Signals;
 use crate::{cloud_init, complete, several};
 
 pub(crate) const MIN_MEMORY: Size = Size::mib(512);
+/// Bytes of a machine definition at most.
+const MAX_MACHINE: u64 = 1 << 20;
 const MIN_DISK: Size = Size::gib(1);
 
 /// Create and start an instance
@@ -59,6 +61,9 @@ pub struct Args {
     /// Network configuration for cloud-init instead of pileus's own: a file, or - for standard input
     #[arg(long, value_name = "FILE|-")]
     pub network_config: Option<String>,
+    /// Hardware, as in the machine.json of packed images: a file; goes before what the image's own says
+    #[arg(long, value_name = "FILE")]
+    pub machine: Option<PathBuf>,
     /// What the image's file must hash to, sha256:…
     #[arg(long, value_name = "DIGEST")]
     pub checksum: Option<String>,
@@ -266,8 +271,22 @@ pub(crate) async fn request(args: &Args, folder: &Path) -> Result<LaunchRequest,
     if let Some(source) = &args.network_config {
         request.network_config = Some(Blob(cloud_init::read_network(source).await?));
     }
+    if let Some(path) = &args.machine {
+        request.machine = Some(machine(path).await?);
+    }
     request.timezone = time_zone();
     Ok(request)
+}
+
+/// Reads a machine definition; what it says is judged by the daemon.
+async fn machine(path: &Path) -> Result<serde_json::Value, CommandError> {
+    let owned = path.to_owned();
+    let read = tokio::task::spawn_blocking(move || files::read_bounded(&owned, MAX_MACHINE)).await;
+    let bytes = read.map_err(|err| Error::internal(err.to_string()))??;
+    serde_json::from_slice(&bytes).map_err(|err| {
+        let what = format!("{} is not JSON: {err}", path.display());
+        Error::new(Code::InvalidArgument, what).into()
+    })
 }
 
 /// Reads the options; nothing is asked of the daemon that can't work.

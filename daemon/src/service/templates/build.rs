@@ -15,12 +15,13 @@ use pileus_instances::guest::clone::IdentitySpec;
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::guest::seed::{self, SeedSpec};
 use pileus_instances::machine::BOOT_TIMEOUT;
-use pileus_instances::qemu::{Accelerator, Confinement};
+use pileus_instances::qemu::{Accelerator, Confinement, Hardware};
 use pileus_instances::template::TemplateKey;
 use pileus_instances::warm;
 
 use crate::http::listener::Peer;
 use crate::service::admission::Start;
+use crate::service::hardware::decide;
 use crate::service::lifecycle::bound;
 use crate::service::order;
 use crate::service::settings::WarmMode;
@@ -58,10 +59,18 @@ impl Service {
                 report.phase(Phase::ResolvingImage);
                 let store = &service.parts.store;
                 let image = store.obtain(&wanted.image, None, &report).await?;
+                let machine = decide(&wanted, image.info().machine.as_ref(), None)?;
+                if let Some(why) = machine.obstacle() {
+                    return Err(Error::new(
+                        Code::NoTemplate,
+                        format!("A template can't be made: {why}"),
+                    )
+                    .advise("Instances of this image always boot."));
+                }
                 let shape = Shape {
                     image: image.digest().clone(),
-                    cpus: wanted.cpus,
-                    memory: wanted.memory,
+                    cpus: machine.cpus,
+                    memory: machine.memory,
                 };
                 service
                     .build(&shape, &image, Haste::Foreground(timeout), &report)
@@ -225,6 +234,7 @@ impl Service {
             folder: stage.path().to_owned(),
             run: self.parts.layout.instance_run(id),
             mac: Mac([0; 6]),
+            hardware: Hardware::default(),
             extra_nics: Vec::new(),
             address: std::net::Ipv4Addr::UNSPECIFIED,
             ends_with_daemon: true,

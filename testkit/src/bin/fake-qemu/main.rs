@@ -57,6 +57,17 @@ fn main() {
             println!("Supported machines are:");
             println!("q35                  Fake PC (alias of pc-q35-10.0)");
             println!("pc-q35-10.0          Fake PC");
+            println!("pc-i440fx-9.2        Fake old PC");
+            println!("pc-i440fx-10.0       Fake old PC");
+        }
+        // All that an image may choose, but one.
+        ["-device", "help"] => {
+            for name in "VGA vmware-svga virtio-vga e1000 rtl8139 virtio-net-pci piix3-usb-uhci \
+                         nec-usb-xhci usb-hub usb-kbd usb-mouse usb-tablet AC97 hda-duplex intel-hda"
+                .split_whitespace()
+            {
+                println!("name \"{name}\", bus PCI");
+            }
         }
         _ => run(&args),
     }
