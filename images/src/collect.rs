@@ -142,7 +142,7 @@ impl Store {
     /// then, and after instances went. Blocks, usually for microseconds.
     pub fn tidy(&self) -> Result<Vec<Removed>> {
         let released = self.released.swap(false, Ordering::Relaxed);
-        if !released && self.config.budget.max_age.is_none() {
+        if !released && self.budget().max_age.is_none() {
             return Ok(Vec::new());
         }
         self.collect(&HashSet::new(), 0)
@@ -208,12 +208,12 @@ impl Store {
 
     /// Whether the budget could be broken: without a look at each image.
     fn is_short(&self, need: u64) -> Result<bool> {
-        let budget = &self.config.budget;
+        let budget = self.budget();
         Ok(budget.max_bytes.is_some() || budget.max_age.is_some() || self.lacks_space(need)?)
     }
 
     fn is_over(&self, total: u64, need: u64, age: SignedDuration) -> Result<bool> {
-        let budget = &self.config.budget;
+        let budget = self.budget();
         let too_old = budget
             .max_age
             .is_some_and(|max| SignedDuration::try_from(max).is_ok_and(|max| age > max));
@@ -224,7 +224,7 @@ impl Store {
     }
 
     fn lacks_space(&self, need: u64) -> Result<bool> {
-        let wanted = self.config.budget.min_free.max(self.config.limits.reserve);
+        let wanted = self.budget().min_free.max(self.config.limits.reserve);
         Ok(files::free_space(self.root())? < wanted.saturating_add(need))
     }
 

@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -160,6 +160,8 @@ pub struct Store {
     pub(crate) flights: Arc<Flights<Arc<Image>>>,
     /// Images that someone may hold. Taken while an image is loaded or taken away.
     held: Mutex<HashMap<Digest, Weak<Image>>>,
+    /// What images may take now; at first as configured.
+    budget: RwLock<Budget>,
     /// An image was let go since the last look (see `Store::tidy`).
     pub(crate) released: Arc<AtomicBool>,
 }
@@ -179,11 +181,22 @@ impl Store {
             flights: Arc::default(),
             held: Mutex::default(),
             released: Arc::default(),
+            budget: RwLock::new(config.budget.clone()),
             config,
         });
         store.appoint()?;
         store.sweep()?;
         Ok(store)
+    }
+
+    /// What images may take from now on; nothing is removed by this.
+    pub fn set_budget(&self, budget: Budget) {
+        *self.budget.write().unwrap_or_else(PoisonError::into_inner) = budget;
+    }
+
+    pub(crate) fn budget(&self) -> Budget {
+        let budget = self.budget.read();
+        budget.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Becomes the store's keeper, if that is wished.
@@ -346,7 +359,8 @@ impl Store {
         }
     }
 
-    pub(crate) fn digests(&self) -> Result<Vec<Digest>> {
+    /// All images, damaged ones too.
+    pub fn digests(&self) -> Result<Vec<Digest>> {
         let root = &self.config.root;
         let entries = std::fs::read_dir(root).io(format_args!("Reading {}", root.display()))?;
         Ok(entries

@@ -73,7 +73,7 @@ impl Store {
                 ),
             )
             .advise(format!(
-                "Remove the tag with `pileus image tag --delete {name}`."
+                "Remove the tag with `pileus image untag {name}`."
             ))),
         }
     }
