@@ -72,9 +72,7 @@ impl Store {
                     digest.short()
                 ),
             )
-            .advise(format!(
-                "Remove the tag with `pileus image untag {name}`."
-            ))),
+            .advise(format!("Remove the tag with `pileus image untag {name}`."))),
         }
     }
 

@@ -42,6 +42,8 @@ pub use downloader::{Downloader, Payload, download_image};
 pub use gc::{Disposable, ResourceTracker, Tracker};
 pub use instance::Instance;
 
+pub use crate::packed::mutable::MutableImage;
+
 use instance::Place;
 
 const INSTANCES: &str = "instances";

@@ -6,6 +6,7 @@ mod collect;
 mod crash;
 mod download;
 mod formats;
+mod kills;
 mod manager;
 mod overlay;
 mod server;
