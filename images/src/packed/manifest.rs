@@ -91,11 +91,19 @@ pub struct Provenance {
     /// For a person: `Debian 13 (trixie)`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub title: Option<String>,
-    /// `Debian`, `13`, `x86_64`
+    /// `Debian`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub os: Option<String>,
+    /// `13`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub release: Option<String>,
+    /// `trixie`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub codename: Option<String>,
+    /// The image's own version: `2026.1`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// `x86_64`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub arch: Option<String>,
 }
@@ -123,6 +131,8 @@ impl Provenance {
             ("title", &self.title),
             ("os", &self.os),
             ("release", &self.release),
+            ("codename", &self.codename),
+            ("version", &self.version),
             ("arch", &self.arch),
         ];
         let strange = |text: &String| text.len() > MOST_TEXT || text.chars().any(char::is_control);

@@ -370,6 +370,8 @@ fn origin(unpacked: &Unpacked) -> Result<Provenance> {
         title: before.title,
         os: before.os,
         release: before.release,
+        codename: before.codename,
+        version: before.version,
         arch: before.arch,
         ..Provenance::ours()
     })
