@@ -1,15 +1,18 @@
-//! From an artifact in the stage to a raw, sparse disk: what it is, is told by its magic bytes, never
-//! by its name. Decompression is a stream with a budget, so a bomb stops at the limit.
+//! From an image's bytes to a raw, sparse disk: what they are, is told by magic bytes, never by a name. All is a
+//! stream with a budget, so a bomb stops at the limit; only a qcow2 file is kept to be read in its own order.
 //!
-//! Next step for qcow2: `qcow2/convert.rs`.
+//! Next step for qcow2: `qcow2/convert.rs`; for packed images: `packed/unpack.rs`.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Cursor, Read, Write};
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
-use pileus_base::{Code, Error, Phase, Reporter, Result, ResultExt, Size, files};
+use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt, Size, files};
 
-use crate::image::Draft;
+use crate::intake::{Target, blocking};
+use crate::packed::unpack::{self, Budgets, Layer, Unpacked};
+use crate::packed::{self, Machine, Manifest, Rule, digest, layer};
 use crate::qcow2::{convert, header};
 use crate::sparse::SparseWriter;
 use crate::store::{Limits, Tools};
@@ -18,6 +21,10 @@ use crate::store::{Limits, Tools};
 const MAX_WINDOW_LOG: u32 = 27;
 const MAX_XZ_MEMORY: u64 = 512 << 20;
 const CHUNK: usize = 256 << 10;
+/// As many bytes tell what something is.
+const HEAD: usize = 512;
+/// Compressed bytes that are looked at to find out what is in them.
+const MOST_LOOKED_AT: u64 = 1 << 20;
 
 /// What the steps of one piece of work share.
 #[derive(Debug)]
@@ -37,21 +44,7 @@ impl Work<'_> {
     }
 
     pub fn check_room_for(&self, bytes: u64) -> Result<()> {
-        let free = files::free_space(self.folder)?;
-        if free < bytes.saturating_add(self.limits.reserve) {
-            return Err(Error::new(
-                Code::NoSpace,
-                format!(
-                    "The image needs {} of disk space, and {} have to stay free; {} has {} left",
-                    Size(bytes),
-                    Size(self.limits.reserve),
-                    self.folder.display(),
-                    Size(free),
-                ),
-            )
-            .advise("Free some space, or remove unused images with `pileus images prune`."));
-        }
-        Ok(())
+        check_room(self.folder, bytes, self.limits.reserve)
     }
 }
 
@@ -61,6 +54,7 @@ pub enum Kind {
     Xz,
     Gzip,
     Zstd,
+    Tar,
     /// No known magic: a raw disk, if it has a partition table.
     Raw,
     /// Something that pileus knows and does not take.
@@ -83,10 +77,14 @@ impl Kind {
             (b"PK\x03\x04", Kind::Other("a zip archive")),
             (b"<", Kind::Other("a web page")),
         ];
-        magics
+        let known = magics
             .into_iter()
-            .find(|(magic, _)| head.starts_with(magic))
-            .map_or(Kind::Raw, |(_, kind)| kind)
+            .find(|(magic, _)| head.starts_with(magic));
+        match known {
+            Some((_, kind)) => kind,
+            None if head.get(257..262) == Some(b"ustar") => Self::Tar,
+            None => Self::Raw,
+        }
     }
 
     fn is_compressed(self) -> bool {
@@ -94,48 +92,176 @@ impl Kind {
     }
 }
 
-/// Turns `artifact` into the draft's disk and returns the virtual size in bytes. `artifact` is used up.
-pub(crate) async fn prepare(
-    work: &Work<'_>,
-    artifact: &Path,
-    draft: &Draft,
-    report: &Reporter,
-) -> Result<u64> {
-    let mut source = artifact.to_owned();
-    let mut kind = kind_of(&source)?;
-    if kind.is_compressed() {
-        report.phase(Phase::PreparingImage);
-        let unpacked = source.with_extension("unpacked");
-        decompress(work, kind, &source, &unpacked, report).await?;
-        files::remove_file(&source)?;
-        source = unpacked;
-        kind = kind_of(&source)?;
+/// What became of an image's bytes.
+#[derive(Debug)]
+pub(crate) enum Form {
+    /// The draft's disk, and how it was compressed.
+    Disk(Option<Kind>),
+    /// A qcow2 file in the stage.
+    Qcow2(Option<Kind>),
+    /// The draft's disk, and more; perhaps a layer that is to be merged into it.
+    Packed(Box<Unpacked>),
+}
+
+/// Makes the best of a stream: the draft's disk, or a file in the stage if it has to be read in another order
+/// than it comes in. Blocks.
+pub(crate) fn take(mut input: impl Read + Send, target: &Target) -> Result<Form> {
+    let head = head(&mut input).map_err(unreadable)?;
+    let outer = Kind::of(&head);
+    let mut input = Cursor::new(head).chain(input);
+    if !outer.is_compressed() {
+        return keep(outer, None, input, target);
     }
-    let disk = draft.disk();
-    match kind {
-        Kind::Qcow2 => {
-            convert::convert(work, &source, &disk, report).await?;
-            files::remove_file(&source)?;
-        }
-        Kind::Raw => {
-            report.phase(Phase::VerifyingImage);
-            check_raw(&source)?;
-            std::fs::rename(&source, &disk).io("Moving the disk")?;
-        }
+    let (inner, recorded) = look_inside(outer, &mut input);
+    let mut input = Cursor::new(recorded).chain(input);
+    let inner = match inner {
+        // The decoder that reads all of it knows better what is wrong.
+        None => Kind::Raw,
+        Some(head) if is_packed(&head) => return unpacked(outer, input, target),
+        Some(head) => Kind::of(&head),
+    };
+    let decoder = decoder(outer, io::BufReader::with_capacity(CHUNK, &mut input))?;
+    let form = keep(inner, Some(outer), decoder, target)?;
+    match input.read(&mut [0]) {
+        Ok(0) => Ok(form),
+        Ok(_) => Err(refused("something follows its compressed data")),
+        Err(err) => Err(unreadable(err)),
+    }
+}
+
+/// A packed image.
+fn unpacked(outer: Kind, input: impl Read + Send, target: &Target) -> Result<Form> {
+    if outer != Kind::Zstd {
+        return Err(Rule::NotZstd.refuse());
+    }
+    target.hashed.store(true, Ordering::Relaxed);
+    let (draft, budgets) = (target.stage.draft(), Budgets::of(&target.limits));
+    let unpacked = unpack::unpack(input, &draft.folder, &budgets, &target.report)?;
+    Ok(Form::Packed(Box::new(unpacked)))
+}
+
+/// Writes what comes to where it belongs.
+fn keep(inner: Kind, outer: Option<Kind>, input: impl Read, target: &Target) -> Result<Form> {
+    let draft = target.stage.draft();
+    let (path, limit, form) = match inner {
+        Kind::Qcow2 => (
+            target.artifact(),
+            target.limits.download,
+            Form::Qcow2(outer),
+        ),
+        Kind::Raw => (draft.disk(), target.limits.virtual_size, Form::Disk(outer)),
         Kind::Other(what) => return Err(refused(&format!("it is {what}"))),
+        Kind::Tar => return Err(refused("it is a tar that is not compressed")),
         Kind::Xz | Kind::Gzip | Kind::Zstd => return Err(refused("it is compressed twice")),
+    };
+    write(input, &path, inner, limit, target)?;
+    Ok(form)
+}
+
+fn write(mut input: impl Read, path: &Path, kind: Kind, limit: u64, target: &Target) -> Result<()> {
+    let file = File::create_new(path).io(format_args!("Creating {}", path.display()))?;
+    let mut writer = SparseWriter::new(file, limit);
+    let mut buffer = vec![0; CHUNK];
+    let mut checked = 0;
+    loop {
+        target.report.check()?;
+        let n = fill(&mut input, &mut buffer).map_err(unreadable)?;
+        if kind == Kind::Raw && writer.position() == 0 {
+            check_raw(&buffer[..n])?;
+        }
+        if n == 0 {
+            break;
+        }
+        writer
+            .write_all(&buffer[..n])
+            .map_err(|err| match err.kind() {
+                io::ErrorKind::FileTooLarge => too_large(limit),
+                _ => Error::io("Writing the disk", err),
+            })?;
+        // Before the disk is full, not when.
+        if writer.position() - checked > 64 << 20 {
+            checked = writer.position();
+            target.check_room_for(0)?;
+        }
     }
-    let size = round_to_sectors(&disk)?;
-    if size > work.limits.virtual_size {
+    writer.finish().io("Writing the disk")?;
+    Ok(())
+}
+
+/// What the draft's disk is, and what came with it.
+#[derive(Debug, Default)]
+pub(crate) struct Settled {
+    /// Bytes as a guest sees it.
+    pub size: u64,
+    /// The disk's digest (`packed::digest`).
+    pub disk: Option<Digest>,
+    pub machine: Option<Machine>,
+    pub manifest: Option<Manifest>,
+    /// What a person should know of the image.
+    pub warnings: Vec<String>,
+}
+
+/// Makes the draft's disk of what streaming gave.
+pub(crate) async fn settle(work: &Work<'_>, target: &Target, form: Form) -> Result<Settled> {
+    let (draft, report) = (target.stage.draft(), &target.report);
+    let disk = draft.disk();
+    let mut settled = Settled::default();
+    match form {
+        Form::Disk(_) => {}
+        Form::Qcow2(_) => {
+            let artifact = target.artifact();
+            convert::convert(work, &artifact, &disk, report).await?;
+            files::remove_file(&artifact)?;
+        }
+        Form::Packed(mut unpacked) => {
+            if unpacked.layer == Layer::Data {
+                report.phase(Phase::PreparingImage);
+                layer::merge(work, &draft.folder, &mut unpacked, report).await?;
+            }
+            std::fs::rename(draft.folder.join(packed::DISK), &disk).io("Moving the disk")?;
+            let parsed = Machine::parse(&unpacked.machine)?;
+            settled.manifest = unpacked
+                .manifest
+                .as_deref()
+                .map(Manifest::parse)
+                .transpose()?;
+            settled.disk = Some(unpacked.disk);
+            settled.warnings = parsed.warnings;
+            // One that leaves everything open says nothing.
+            settled.machine = Some(parsed.machine).filter(|machine| !machine.is_empty());
+        }
+    }
+    settled.size = round_to_sectors(&disk)?;
+    if settled.size > work.limits.virtual_size {
         return Err(too_large(work.limits.virtual_size));
     }
-    Ok(size)
+    if settled.disk.is_none() {
+        settled.disk = Some(disk_digest(&disk, report).await?);
+    }
+    Ok(settled)
+}
+
+/// Of a disk that came in another order than it lies in, or whose size was not known before its end.
+pub(crate) async fn disk_digest(disk: &Path, report: &Reporter) -> Result<Digest> {
+    let what = format!("Reading {}", disk.display());
+    let file = File::open(disk).io(&what)?;
+    let report = report.clone();
+    blocking(move || {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        digest::of_file(&file, threads.min(4), &mut |_| report.check())
+    })
+    .await
 }
 
 fn refused(why: &str) -> Error {
     Error::new(Code::BadImage, format!("The image is refused: {why}")).advise(
-        "Images are qcow2 or raw disks with a partition table, plain or compressed with xz, gzip or zstd.",
+        "Images are qcow2 or raw disks with a partition table, plain or compressed with xz, gzip or zstd, \
+         and packed images (image.tar.zst).",
     )
+}
+
+fn unreadable(err: io::Error) -> Error {
+    refused("its compressed data is damaged or cut").with_source(err)
 }
 
 pub(crate) fn too_large(limit: u64) -> Error {
@@ -145,25 +271,87 @@ pub(crate) fn too_large(limit: u64) -> Error {
     )
 }
 
-fn kind_of(path: &Path) -> Result<Kind> {
-    Ok(Kind::of(&head(path)?))
+pub(crate) fn check_room(folder: &Path, bytes: u64, reserve: u64) -> Result<()> {
+    let free = files::free_space(folder)?;
+    if free >= bytes.saturating_add(reserve) {
+        return Ok(());
+    }
+    Err(Error::new(
+        Code::NoSpace,
+        format!(
+            "The image needs {} of disk space, and {} have to stay free; {} has {} left",
+            Size(bytes),
+            Size(reserve),
+            folder.display(),
+            Size(free),
+        ),
+    )
+    .advise("Free some space, or remove unused images with `pileus image prune`."))
 }
 
-fn head(path: &Path) -> Result<Vec<u8>> {
-    let what = || format!("Reading {}", path.display());
-    let mut head = Vec::new();
-    File::open(path)
-        .io(what())?
-        .take(512)
-        .read_to_end(&mut head)
-        .io(what())?;
+/// The first bytes, less only if there are no more.
+fn head(input: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut head = Vec::with_capacity(HEAD);
+    input.take(HEAD as u64).read_to_end(&mut head)?;
     Ok(head)
+}
+
+/// Reads until the buffer is full or the stream ends.
+fn fill(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match input.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+            Err(err) => return Err(err),
+        }
+    }
+    Ok(filled)
+}
+
+/// The first bytes of what is compressed, if they can be had, and all that was read for it.
+fn look_inside(kind: Kind, input: &mut impl Read) -> (Option<Vec<u8>>, Vec<u8>) {
+    let mut recorder = Recorder {
+        input: input.take(MOST_LOOKED_AT),
+        bytes: Vec::new(),
+    };
+    let found = decoder(kind, io::BufReader::new(&mut recorder))
+        .ok()
+        .and_then(|mut decoder| head(&mut decoder).ok());
+    (found, recorder.bytes)
+}
+
+/// Keeps what it read.
+struct Recorder<R> {
+    input: R,
+    bytes: Vec<u8>,
+}
+
+impl<R: Read> Read for Recorder<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.input.read(buffer)?;
+        self.bytes.extend_from_slice(&buffer[..n]);
+        Ok(n)
+    }
+}
+
+/// Whether it is a tar: by the magic that all but the oldest have, or by what a packed image begins with.
+fn is_packed(head: &[u8]) -> bool {
+    let name = head.split(|byte| *byte == 0).next().unwrap_or_default();
+    let known = [
+        packed::DISK,
+        packed::LAYER,
+        packed::MACHINE,
+        packed::MANIFEST,
+    ];
+    Kind::of(head) == Kind::Tar
+        || head.len() == HEAD && known.iter().any(|known| known.as_bytes() == name)
 }
 
 /// A raw disk has no magic of its own; the boot signature (which GPT disks have as well) tells it
 /// from an error page or a text.
-fn check_raw(path: &Path) -> Result<()> {
-    let head = head(path)?;
+fn check_raw(head: &[u8]) -> Result<()> {
     if head.len() < 512 || head[510..512] != [0x55, 0xaa] {
         return Err(refused(
             "it is neither qcow2 nor a disk with a partition table",
@@ -183,66 +371,7 @@ fn round_to_sectors(disk: &Path) -> Result<u64> {
     Ok(size)
 }
 
-async fn decompress(
-    work: &Work<'_>,
-    kind: Kind,
-    source: &Path,
-    target: &Path,
-    report: &Reporter,
-) -> Result<()> {
-    let input = File::open(source).io("Opening the image")?;
-    let total = input.metadata().io("Opening the image")?.len();
-    let output = File::create_new(target).io("Creating the disk")?;
-    let limit = work.limits.virtual_size;
-    let (reserve, folder) = (work.limits.reserve, work.folder.to_owned());
-    let report = report.clone();
-    tokio::task::spawn_blocking(move || {
-        let input = Counted {
-            input: io::BufReader::with_capacity(CHUNK, input),
-            done: 0,
-            total,
-            report: report.clone(),
-        };
-        let mut decoder = decoder(kind, input)?;
-        let mut writer = SparseWriter::new(output, limit);
-        let mut buffer = vec![0; CHUNK];
-        let mut checked = 0;
-        loop {
-            report.check()?;
-            let n = match decoder.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(n) => n,
-                Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
-                Err(err) => {
-                    return Err(refused("its compressed data is damaged or cut").with_source(err));
-                }
-            };
-            writer
-                .write_all(&buffer[..n])
-                .map_err(|err| match err.kind() {
-                    io::ErrorKind::FileTooLarge => too_large(limit),
-                    _ => Error::io("Writing the disk", err),
-                })?;
-            // Before the disk is full, not when.
-            if writer.position() - checked > 64 << 20 {
-                checked = writer.position();
-                if files::free_space(&folder)? < reserve {
-                    return Err(Error::new(
-                        Code::NoSpace,
-                        format!("{} is full but for its reserve", folder.display()),
-                    )
-                    .advise("Free some space, or remove unused images."));
-                }
-            }
-        }
-        writer.finish().io("Writing the disk")?;
-        Ok(())
-    })
-    .await
-    .map_err(|err| Error::internal(format!("Decompressing panicked: {err}")))?
-}
-
-fn decoder(kind: Kind, input: impl io::BufRead + Send + 'static) -> Result<Box<dyn Read>> {
+fn decoder<'a>(kind: Kind, input: impl io::BufRead + 'a) -> Result<Box<dyn Read + 'a>> {
     let setup = |err: io::Error| Error::io("Setting up the decoder", err);
     Ok(match kind {
         Kind::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
@@ -258,43 +387,6 @@ fn decoder(kind: Kind, input: impl io::BufRead + Send + 'static) -> Result<Box<d
             Box::new(xz2::bufread::XzDecoder::new_stream(input, stream))
         }
     })
-}
-
-/// Tells how much of the input is used up.
-struct Counted<R> {
-    input: R,
-    done: u64,
-    total: u64,
-    report: Reporter,
-}
-
-impl<R: io::BufRead> Read for Counted<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = self.input.read(buffer)?;
-        self.count(n);
-        Ok(n)
-    }
-}
-
-impl<R: io::BufRead> io::BufRead for Counted<R> {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        self.input.fill_buf()
-    }
-
-    fn consume(&mut self, n: usize) {
-        self.input.consume(n);
-        self.count(n);
-    }
-}
-
-impl<R> Counted<R> {
-    fn count(&mut self, n: usize) {
-        let before = self.done / (4 << 20);
-        self.done += n as u64;
-        if self.done / (4 << 20) != before || self.done == self.total {
-            self.report.progress(self.done, Some(self.total));
-        }
-    }
 }
 
 #[cfg(test)]

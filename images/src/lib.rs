@@ -8,9 +8,10 @@
 //! lookup     which host is asked
 //! hosts      → one item that can be got     which host knows the name, and how to get it
 //! obtain     one piece of work an item      many callers wait for the same fetch or build
-//! fetch      → bytes in the stage, hashed   download (resume, retry) or copy; hosts/build makes one
+//! fetch      → bytes as they come           a file's, or `download`'s (resume, retry); hosts/build makes a disk
+//! intake     bytes → SHA-256 → format       threads with short queues between; nothing is kept twice
 //! format     → a raw, sparse disk           magic bytes, decompression, the qcow2 check, qemu-img
-//! bring      one item, all of the above     what the store does to have an image
+//! bring      one item, all of the above     what the store does to have an image (`import`: of a stream)
 //! store      → root/HEX/                    published by one rename, listed, held by locks (`lock`), named (`tags`)
 //! collect    root/HEX/ →                    removed, pruned, the least recently used first when room is needed
 //! overlay    → an instance's own disk       a thin qcow2 on top; nothing is ever copied
@@ -24,10 +25,13 @@
 pub mod archive;
 mod bring;
 mod collect;
+mod download;
 pub mod fetch;
 pub mod format;
 pub mod hosts;
 mod image;
+mod import;
+mod intake;
 mod lock;
 mod lookup;
 pub mod manager;
@@ -48,6 +52,7 @@ pub use collect::{Budget, Removed};
 pub use fetch::Patience;
 pub use hosts::{About, CatalogEntry, Host, Item, Origin};
 pub use image::{DiskMark, Image, ImageInfo};
+pub use import::{Arrival, Inspected};
 pub use lock::ItemLock;
 pub use lookup::CatalogWish;
 pub use reference::ImageRef;

@@ -10,6 +10,8 @@ use pileus_base::{Code, Error, Phase, Reporter, Result, Update};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::packed::Rule;
+
 type Outcome<T> = Option<Result<T, Arc<Error>>>;
 
 /// The work under way, by key.
@@ -198,7 +200,10 @@ fn copy_of(err: &Arc<Error>) -> Error {
     let mut copy = Error::new(err.code, err.message.clone());
     copy.advice.clone_from(&err.advice);
     copy.details.clone_from(&err.details);
-    if err.source.is_some() {
+    if let Some(rule) = Rule::of(err) {
+        // Those who ask for it look for it by its type.
+        copy = copy.with_source(rule);
+    } else if err.source.is_some() {
         copy = copy.with_source(SharedCause(err.clone()));
     }
     copy
@@ -312,6 +317,15 @@ mod tests {
         assert_eq!(err.source.unwrap().to_string(), "why");
         let again = flights.join("k", &report, |_| async { Ok(1) }).await;
         assert_eq!(again.unwrap(), 1);
+    }
+
+    #[tokio::test]
+    async fn every_caller_learns_which_rule_was_broken() {
+        let flights = flights();
+        let report = Reporter::silent();
+        let refuse = |_| async { Err(Rule::Truncated.refuse()) };
+        let err = flights.join("k", &report, refuse).await.unwrap_err();
+        assert_eq!(Rule::of(&err), Some(Rule::Truncated));
     }
 
     #[tokio::test]

@@ -36,12 +36,6 @@ impl SparseWriter {
         self.position
     }
 
-    pub fn restart(&mut self) -> io::Result<()> {
-        self.file.set_len(0)?;
-        self.position = 0;
-        Ok(())
-    }
-
     /// Goes on at `position`; what is skipped becomes a hole.
     pub fn skip_to(&mut self, position: u64) {
         self.position = position;

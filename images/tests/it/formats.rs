@@ -204,7 +204,8 @@ async fn what_is_no_disk_is_refused() {
 async fn bombs_stop_at_the_limit() {
     let fixture = Fixture::with(|config| config.limits.virtual_size = 8 << 20);
     // Not zeros, which would take no room anyhow.
-    let bomb = vec![0x41; 40 << 20];
+    let mut bomb = vec![0x41; 40 << 20];
+    bomb[510..512].copy_from_slice(&[0x55, 0xaa]);
     for packed in [xz(&bomb), gz(&bomb), zst(&bomb)] {
         assert!(packed.len() < 1 << 20);
         let err = refused(&fixture, &packed).await;

@@ -10,6 +10,7 @@ mod intake;
 mod kills;
 mod manager;
 mod overlay;
+mod packed_attacks;
 mod packed_mutable;
 mod packed_pack;
 mod server;

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::State;
@@ -11,6 +12,9 @@ use axum::routing::get;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use pileus_images::ImageRef;
+
+/// What answers that are no success say: nobody who asks pileus may see it.
+pub const SECRET: &str = "the password of the inside is swordfish";
 
 /// How one request is answered; once the list is used up, all are answered well.
 #[derive(Debug, Clone)]
@@ -24,8 +28,22 @@ pub enum Answer {
     NoRange,
     /// The body never comes.
     Hang,
+    /// Nothing comes.
+    Silent,
     /// A redirect to the same artifact.
     Redirect,
+    /// A redirect to anywhere.
+    RedirectTo(String),
+    /// 503 with Retry-After as a date, so many seconds after the answer's own.
+    LaterAt(i64),
+    /// Cut after so many bytes; from then on there is another content with another tag.
+    Becomes(usize, Bytes, Option<String>),
+    /// The whole, so many bytes at a time with a pause before each.
+    Trickle(usize, Duration),
+    /// The artifact's bytes again and again, without a length.
+    Endless,
+    /// A part with this Content-Range in place of the true one.
+    Range(String),
 }
 
 #[derive(Debug, Default)]
@@ -39,6 +57,10 @@ pub struct Script {
     pub requests: Vec<HeaderMap>,
     /// The path of each request.
     pub paths: Vec<String>,
+    /// The status of each answer.
+    pub served: Vec<u16>,
+    /// Headers that each answer has besides.
+    pub extra: Vec<(&'static str, String)>,
 }
 
 pub struct Server {
@@ -97,6 +119,20 @@ impl Server {
         format!("http://{}/disk.img", self.address)
     }
 
+    /// How often a body was begun from its first byte.
+    pub fn downloads(&self) -> usize {
+        let script = self.script.lock().unwrap();
+        script
+            .served
+            .iter()
+            .filter(|status| **status == 200)
+            .count()
+    }
+
+    pub fn address(&self) -> std::net::SocketAddr {
+        self.address
+    }
+
     pub fn requests(&self) -> usize {
         self.script.lock().unwrap().requests.len()
     }
@@ -124,6 +160,16 @@ async fn answer(
     uri: Uri,
     headers: HeaderMap,
 ) -> Response<Body> {
+    let mut response = respond(&script, &uri, &headers).await;
+    let mut script = script.lock().unwrap();
+    script.served.push(response.status().as_u16());
+    for (name, value) in &script.extra {
+        response.headers_mut().insert(*name, value.parse().unwrap());
+    }
+    response
+}
+
+async fn respond(script: &Mutex<Script>, uri: &Uri, headers: &HeaderMap) -> Response<Body> {
     let (bytes, etag, answer) = {
         let mut script = script.lock().unwrap();
         script.requests.push(headers.clone());
@@ -145,9 +191,11 @@ async fn answer(
         |name| etag.is_some() && headers.get(name).and_then(|v| v.to_str().ok()) == etag.as_deref();
     let mut cut = None;
     let mut ranged = true;
+    let mut claimed = None;
+    let mut trickle = None;
     match answer {
         Some(Answer::Status(status)) => {
-            return response.status(status).body(Body::from("no")).unwrap();
+            return response.status(status).body(Body::from(SECRET)).unwrap();
         }
         Some(Answer::Later(seconds)) => {
             return response
@@ -176,6 +224,39 @@ async fn answer(
                 >()))
                 .unwrap();
         }
+        Some(Answer::Silent) => return std::future::pending().await,
+        Some(Answer::RedirectTo(location)) => {
+            return response
+                .status(302)
+                .header(header::LOCATION, location)
+                .body(Body::from(SECRET))
+                .unwrap();
+        }
+        Some(Answer::LaterAt(seconds)) => {
+            // This server's clock is far from ours.
+            let now = jiff::Timestamp::from_second(784_111_777).unwrap();
+            let date = |at: jiff::Timestamp| at.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+            return response
+                .status(503)
+                .header(header::DATE, date(now))
+                .header(
+                    header::RETRY_AFTER,
+                    date(now + jiff::SignedDuration::from_secs(seconds)),
+                )
+                .body(Body::empty())
+                .unwrap();
+        }
+        Some(Answer::Endless) => {
+            let again = futures_util::stream::repeat(bytes).map(Ok::<_, std::io::Error>);
+            return response.body(Body::from_stream(again)).unwrap();
+        }
+        Some(Answer::Becomes(after, bytes, etag)) => {
+            let mut script = script.lock().unwrap();
+            (script.bytes, script.etag) = (bytes, etag);
+            cut = Some(after);
+        }
+        Some(Answer::Trickle(size, pause)) => trickle = Some((size, pause)),
+        Some(Answer::Range(text)) => claimed = Some(text),
         Some(Answer::CutAfter(n)) => cut = Some(n),
         Some(Answer::NoRange) => ranged = false,
         None if missing => {
@@ -206,11 +287,21 @@ async fn answer(
     if let Some(begin) = begin {
         response = response.status(206).header(
             header::CONTENT_RANGE,
-            format!("bytes {begin}-{}/{}", bytes.len() - 1, bytes.len()),
+            claimed.unwrap_or(format!("bytes {begin}-{}/{}", bytes.len() - 1, bytes.len())),
         );
     }
     let body = bytes.slice(begin.unwrap_or(0)..);
     response = response.header(header::CONTENT_LENGTH, body.len());
+    if let Some((size, pause)) = trickle {
+        let pieces: Vec<_> = (0..body.len().div_ceil(size))
+            .map(|n| body.slice(n * size..body.len().min((n + 1) * size)))
+            .collect();
+        let slowly = futures_util::stream::iter(pieces).then(move |piece| async move {
+            tokio::time::sleep(pause).await;
+            Ok::<_, std::io::Error>(piece)
+        });
+        return response.body(Body::from_stream(slowly)).unwrap();
+    }
     let Some(n) = cut else {
         return response.body(Body::from(body)).unwrap();
     };
@@ -221,4 +312,30 @@ async fn answer(
         Err(std::io::Error::other("cut"))
     });
     response.body(Body::from_stream(head.chain(end))).unwrap()
+}
+
+/// Answers each connection with the same bytes, whatever is asked, and closes it. Returns its address and what it
+/// was asked.
+pub async fn parrot(answer: Vec<u8>) -> (std::net::SocketAddr, Arc<Mutex<Vec<String>>>) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+    let seen = asked.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = Vec::new();
+            while !request.ends_with(b"\r\n\r\n") {
+                match stream.read_u8().await {
+                    Ok(byte) => request.push(byte),
+                    Err(_) => break,
+                }
+            }
+            let text = String::from_utf8_lossy(&request).into_owned();
+            seen.lock().unwrap().push(text);
+            let _ = stream.write_all(&answer).await;
+            let _ = stream.shutdown().await;
+        }
+    });
+    (address, asked)
 }
