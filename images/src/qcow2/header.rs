@@ -169,8 +169,11 @@ fn parse_on(
     if !(2..=3).contains(&version) {
         return Err(Refusal::Version(version));
     }
-    if below.is_none() && (raw.u64(8)? != 0 || raw.u32(16)? != 0) {
-        return Err(Refusal::BackingFile);
+    let (name_at, name_len) = (raw.u64(8)?, raw.u32(16)?);
+    match below {
+        None if name_at != 0 || name_len != 0 => return Err(Refusal::BackingFile),
+        Some(_) if name_at == 0 || name_len == 0 => return Err(Refusal::BackingName),
+        _ => {}
     }
     let cluster_bits = raw.u32(20)?;
     if !(9..=21).contains(&cluster_bits) {

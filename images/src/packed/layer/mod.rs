@@ -82,11 +82,13 @@ fn tables(
     mut read: impl FnMut(&mut [u8], u64) -> std::io::Result<()>,
 ) -> Result<u64> {
     let cluster = 1_u64 << header.cluster_bits;
-    let inside = |offset: u64, bytes: u64| {
-        offset >= cluster
-            && offset.is_multiple_of(cluster)
-            && offset.checked_add(bytes).is_some_and(|end| end <= len)
+    let table_inside = |offset: u64| {
+        let end = offset.checked_add(cluster);
+        offset >= cluster && offset.is_multiple_of(cluster) && end.is_some_and(|end| end <= len)
     };
+    // What is missing of the last cluster reads as zeros; QEMU doesn't write it.
+    let data_inside =
+        |offset: u64| (cluster..len).contains(&offset) && offset.is_multiple_of(cluster);
     let entry = if header.extended_l2 { 16 } else { 8 };
     // The header's check has bounded both.
     let needed = header.virtual_size.div_ceil(cluster * (cluster / entry));
@@ -99,8 +101,7 @@ fn tables(
             continue;
         }
         let offset = l1_entry & OFFSET;
-        if index as u64 >= needed || l1_entry & !(OFFSET | COPIED) != 0 || !inside(offset, cluster)
-        {
+        if index as u64 >= needed || l1_entry & !(OFFSET | COPIED) != 0 || !table_inside(offset) {
             return Err(Rule::LayerTables.because("an entry of its L1 table"));
         }
         read(&mut table, offset).io("Reading a layer")?;
@@ -117,9 +118,7 @@ fn tables(
             };
             let offset = l2_entry & OFFSET;
             let odd = l2_entry & !(OFFSET | COPIED | flags) != 0;
-            if odd
-                || offset != 0 && !inside(offset, cluster)
-                || offset == 0 && subclusters as u32 != 0
+            if odd || offset != 0 && !data_inside(offset) || offset == 0 && subclusters as u32 != 0
             {
                 return Err(Rule::LayerTables.because("an entry of an L2 table"));
             }

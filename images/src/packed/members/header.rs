@@ -97,7 +97,12 @@ impl Header {
 
     /// Bytes of data that follow.
     pub fn size(&self) -> Result<u64> {
-        parts::number(&self.0.as_bytes()[124..136]).map_err(fault)
+        let field = &self.0.as_bytes()[124..136];
+        // GNU's volume labels have none.
+        if field == [0; 12] && self.kind() == Type::Other {
+            return Ok(0);
+        }
+        parts::number(field).map_err(fault)
     }
 
     pub fn name(&self) -> Result<Vec<u8>> {

@@ -183,12 +183,12 @@ impl<R: BufRead> Walk<R> {
                 }
                 Type::LongName => before.name(self.extended(&header, MOST_NAME)?)?,
                 Type::LongLink => drop(self.extended(&header, MOST_NAME)?),
-                _ => return self.found(header, before).map(Some),
+                _ => return self.found(&header, before).map(Some),
             }
         }
     }
 
-    fn found(&mut self, header: Header, before: Before) -> Result<Found> {
+    fn found(&mut self, header: &Header, before: Before) -> Result<Found> {
         let pax = before.pax.unwrap_or_default();
         let mut found = Found {
             name: header.name()?,
@@ -206,9 +206,7 @@ impl<R: BufRead> Walk<R> {
             found.name.truncate(end.map_or(0, |end| end + 1));
         }
         match (found.kind, pax.sparse) {
-            (Type::OldSparse, None) if pax.size.is_none() => {
-                self.old_sparse(&header, &mut found)?
-            }
+            (Type::OldSparse, None) if pax.size.is_none() => self.old_sparse(header, &mut found)?,
             (Type::OldSparse, _) => {
                 return Err(
                     Rule::PaxMalformed.because("it changes a sparse member of the old form")
@@ -222,7 +220,7 @@ impl<R: BufRead> Walk<R> {
     }
 
     /// A member that counts, within its bounds; one that doesn't was read over.
-    fn judge(&mut self, found: Found) -> Result<Option<Member>> {
+    fn judge(&mut self, mut found: Found) -> Result<Option<Member>> {
         let shown = String::from_utf8_lossy(&found.name)
             .escape_debug()
             .to_string();
@@ -248,13 +246,13 @@ impl<R: BufRead> Walk<R> {
             offset: 0,
             len: found.size,
         };
-        let dense = || (found.size > 0).then_some(whole).into_iter().collect();
+        let dense = || (whole.len > 0).then_some(whole).into_iter().collect();
         self.left = found.stored;
         self.padding = padding(found.stored);
         Ok(Some(Member {
             kind,
             size: found.size,
-            extents: found.extents.clone().unwrap_or_else(dense),
+            extents: found.extents.take().unwrap_or_else(dense),
         }))
     }
 

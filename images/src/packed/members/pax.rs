@@ -73,10 +73,11 @@ impl Pax {
                 b"path" => pax.path = Some(name(value)?),
                 b"linkpath" => pax.link = true,
                 b"size" => pax.size = Some(number(value)?),
-                _ => match key.strip_prefix(b"GNU.sparse.") {
-                    Some(key) => gnu.take(key, value)?,
-                    None => {}
-                },
+                _ => {
+                    if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
+                        gnu.take(key, value)?;
+                    }
+                }
             }
         }
         if gnu.any {
@@ -144,8 +145,9 @@ impl Gnu {
 fn record(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let space = text.iter().take(8).position(|byte| *byte == b' ')?;
     let len = usize::try_from(number(&text[..space]).ok()?).ok()?;
-    let inner = text.get(space + 1..len.checked_sub(1)?)?;
-    (text[len - 1] == b'\n').then_some((inner, &text[len..]))
+    let (record, behind) = text.split_at_checked(len)?;
+    let inner = record.strip_suffix(b"\n")?.get(space + 1..)?;
+    Some((inner, behind))
 }
 
 fn name(value: &[u8]) -> Result<Vec<u8>> {

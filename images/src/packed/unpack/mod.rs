@@ -135,7 +135,8 @@ pub fn unpack(
         .members(Walk::new(stream, budgets.bounds()))
     })?;
     let layer = members.judge_layer(budgets)?;
-    Machine::parse(&members.machine)?;
+    Machine::parse(&members.machine)
+        .map_err(|err| err.detail(format!("rule: {}", Rule::Machine.as_str())))?;
     members.check_manifest()?;
     folder.keep(layer);
     Ok(Unpacked {

@@ -51,7 +51,7 @@ pub fn run<T>(
         let (compressed, to_decode) = queue();
         let (decoded, to_walk) = queue();
         let reading = scope.spawn(move || read(input, budgets, report, &compressed));
-        let decoding = scope.spawn(move || decode(to_decode, budgets, report, &decoded));
+        let decoding = scope.spawn(move || decode(&to_decode, budgets, report, &decoded));
         let stream = Stream {
             pieces: to_walk,
             piece: Vec::new(),
@@ -129,7 +129,7 @@ fn failed(err: io::Error) -> Error {
     }
 }
 
-fn decode(from: Taken, budgets: &Budgets, report: &Reporter, to: &Pieces) -> Result<(), Stop> {
+fn decode(from: &Taken, budgets: &Budgets, report: &Reporter, to: &Pieces) -> Result<(), Stop> {
     let mut frames = Frames::new()?;
     let (mut piece, mut len, mut given) = (to.empty(), 0, 0);
     let mut send = |piece: &mut Vec<u8>, len: &mut usize, taken: u64| {
