@@ -115,7 +115,7 @@ impl Service {
     }
 
     /// The layers that the clone stands on, its disk's size, and what it is a copy of.
-    async fn layers_for_clone(
+    pub(super) async fn layers_for_clone(
         &self,
         source: &Arc<Instance>,
         request: &CloneRequest,
