@@ -6,7 +6,10 @@
 
 mod fake_archive;
 mod fake_faults;
+mod fake_hardware;
 mod fake_host;
+mod fake_image_making;
+mod fake_images;
 mod fake_life;
 mod fake_model;
 mod fake_model_rules;
@@ -19,7 +22,9 @@ mod fake_suspend;
 mod fake_warm;
 mod fake_world;
 mod guest_boot;
+mod guest_hardware;
 mod guest_host;
+mod guest_image_making;
 mod guest_life;
 mod guest_model;
 mod guest_multipass;

@@ -31,6 +31,7 @@ use http::listener::{self, Peer};
 use hub::Hub;
 use operations::Operations;
 use service::admission::{self, Admission};
+use service::images::keep;
 use service::pool::Pool;
 use service::registry::{Instance, Registry};
 use service::remotes;
@@ -40,6 +41,8 @@ use service::wiring::Finder;
 use service::{Mode, Parts, Service};
 use state::State;
 
+/// Who alone may remove images of this daemon's store.
+const STORE_KEEPER: &str = "pileusd";
 /// How long a storage may be held by what is about to let it go.
 const LOCK_BOUND: Duration = Duration::from_millis(1500);
 
@@ -84,17 +87,30 @@ pub async fn run(args: &Args, layout: Layout, mode: Mode, lock: files::Lock) -> 
         Some(listener) => (listener, false),
         None => (listener::bind(&socket, group)?, true),
     };
+    let keep_layers = args.keep_layers;
     let (service, resumed) = start(args, layout, mode).await?;
     let supervisor = tokio::spawn({
         let service = service.clone();
         async move {
             recover::resume(&service, resumed).await;
-            service.supervise().await;
+            if let Err(err) = service.sweep_made_images().await {
+                tracing::warn!(%err, "images that were made and not sent can't be removed");
+            }
+            match keep_layers {
+                true => service.supervise().await,
+                false => {
+                    tokio::join!(service.supervise(), service.merge_in_background());
+                }
+            }
         }
     });
     let leases = tokio::spawn({
         let service = service.clone();
         async move { service.sweep_leases().await }
+    });
+    let images = tokio::spawn({
+        let service = service.clone();
+        async move { service.keep_images().await }
     });
     let pool = tokio::spawn({
         let service = service.clone();
@@ -114,6 +130,7 @@ pub async fn run(args: &Args, layout: Layout, mode: Mode, lock: files::Lock) -> 
     notify(&[sd_notify::NotifyState::Stopping]);
     supervisor.abort();
     leases.abort();
+    images.abort();
     templates.abort();
     pool.abort();
     service.end_pool().await;
@@ -138,7 +155,11 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
     templates.take_back_loans().await;
     recover::sweep_layers(&layout, &rows, &broken, &templates)?;
     let settings = Keeper::load(&state, args.settings()).await?;
-    let (images, mirror) = remotes::store_config(&args.image_host, &layout)?;
+    let (mut images, mirror) = remotes::store_config(&args.image_host, &layout)?;
+    images.budget = keep::budget(&settings.get());
+    let needed = keep::Needed::by(&rows);
+    images.in_use = needed.in_use();
+    images.keeper = Some(STORE_KEEPER.to_owned());
     let wanted = settings.get().image_mirror;
     if let Err(err) = mirror.set(&wanted) {
         tracing::error!(%err, "the mirror of the image host can't be used");
@@ -174,6 +195,7 @@ async fn start(args: &Args, layout: Layout, mode: Mode) -> Result<(Service, Vec<
         attempts: service::passphrase::Attempts::default(),
         clock: jiff::Timestamp::now,
     });
+    needed.ask(&service);
     Ok((service, instances))
 }
 

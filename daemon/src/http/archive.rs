@@ -15,6 +15,8 @@ use tokio::sync::mpsc;
 use super::{Json, Path, Query, Reply};
 use crate::operations::Operations;
 use crate::service::Service;
+use crate::service::archive::Export;
+use crate::service::archive_import::Upload;
 
 /// Pieces of an upload that wait to be read.
 const PIECES: usize = 4;
@@ -34,15 +36,19 @@ const POLL: Duration = Duration::from_secs(600);
         (status = 404, description = "No such instance", body = ErrorReply),
         (status = 409, description = "Its state doesn't allow this", body = ErrorReply)))]
 pub async fn export(State(service): State<Service>, Path(name): Path<String>) -> Reply<Response> {
-    let export = service.export(&name).await?;
+    Ok(reply(service.export(&name).await?, MEDIA_TYPE))
+}
+
+/// The bytes that an operation makes, as a reply that names it.
+pub(super) fn reply(export: Export, media_type: &'static str) -> Response {
     let pieces = futures_util::stream::unfold(export.bytes, |mut bytes| async {
         Some((bytes.recv().await?, bytes))
     });
     let headers = [
-        (header::CONTENT_TYPE.as_str(), MEDIA_TYPE.to_owned()),
+        (header::CONTENT_TYPE.as_str(), media_type.to_owned()),
         (OPERATION_HEADER, export.operation.to_string()),
     ];
-    Ok((headers, Body::from_stream(pieces)).into_response())
+    (headers, Body::from_stream(pieces)).into_response()
 }
 
 /// Makes a new, stopped instance out of an archive. The reply comes when it is there; a connection that is closed before
@@ -61,22 +67,32 @@ pub async fn import(
     Query(query): Query<ImportQuery>,
     body: Body,
 ) -> Reply<Json<Operation>> {
+    let operation = service.import(query.name, upload(body)).await?;
+    Ok(Json(ended(&service, operation).await?))
+}
+
+/// What a client sends.
+pub(super) fn upload(body: Body) -> Upload {
     let (sender, upload) = mpsc::channel(PIECES);
-    // On its own: it goes on for a while when the import has failed.
+    // On its own: it goes on for a while when the work that reads it has failed.
     tokio::spawn(forward(body.into_data_stream(), sender));
-    let mut operation = service.import(query.name, upload).await?;
+    upload
+}
+
+/// The operation when it has succeeded, or why it has not. A client that goes away meanwhile ends it.
+pub(super) async fn ended(service: &Service, mut operation: Operation) -> Reply<Operation> {
     let _watch = CancelledWithClient(service.operations().clone(), operation.id);
     while !operation.is_over() {
         operation = service.operations().wait(operation.id, POLL).await?;
     }
     match (operation.state, operation.error.take()) {
-        (OperationState::Succeeded, _) => Ok(Json(operation)),
+        (OperationState::Succeeded, _) => Ok(operation),
         (_, Some(error)) => Err(Error::from(error).into()),
-        (_, None) => Err(Error::internal("An import failed without saying why").into()),
+        (_, None) => Err(Error::internal("Work failed without saying why").into()),
     }
 }
 
-/// Ends an import whose client has gone. One that is over does not mind.
+/// Ends work whose client has gone. One that is over does not mind.
 struct CancelledWithClient(Operations, uuid::Uuid);
 
 impl Drop for CancelledWithClient {
@@ -84,7 +100,7 @@ impl Drop for CancelledWithClient {
         let (operations, id) = (self.0.clone(), self.1);
         tokio::spawn(async move {
             if let Err(err) = operations.cancel(id).await {
-                tracing::debug!(%id, %err, "an import can't be cancelled");
+                tracing::debug!(%id, %err, "an operation can't be cancelled");
             }
         });
     }

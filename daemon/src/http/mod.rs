@@ -8,6 +8,7 @@ mod console;
 mod events;
 mod exec;
 mod host;
+mod image_making;
 mod images;
 mod instances;
 pub mod listener;
@@ -87,9 +88,16 @@ fn documented() -> (Router<Service>, utoipa::openapi::OpenApi) {
         .routes(routes!(archive::export))
         .routes(routes!(archive::import))
         .routes(routes!(images::catalog))
-        .routes(routes!(images::list))
-        .routes(routes!(images::remove))
+        .routes(routes!(images::list, images::pull))
+        .routes(routes!(images::get, images::remove))
+        .routes(routes!(images::export))
+        .routes(routes!(images::tag, images::untag))
+        .routes(routes!(images::import))
+        .routes(routes!(images::inspect))
+        .routes(routes!(images::verify))
         .routes(routes!(images::prune))
+        .routes(routes!(image_making::pack))
+        .routes(routes!(image_making::build))
         .routes(routes!(templates::list, templates::create))
         .routes(routes!(templates::get, templates::delete))
         .routes(routes!(templates::prune))
@@ -223,6 +231,8 @@ mod tests {
             routes::INSTANCE_SSH,
             routes::INSTANCE_CONSOLE,
             routes::INSTANCE_EXPORT,
+            routes::INSTANCE_PACK,
+            routes::IMAGES_BUILD,
             routes::IMPORT,
             routes::HOST,
             routes::NETWORKS,
@@ -244,6 +254,11 @@ mod tests {
             routes::CATALOG,
             routes::IMAGES,
             routes::IMAGE,
+            routes::IMAGE_EXPORT,
+            routes::IMAGE_TAG,
+            routes::IMAGES_IMPORT,
+            routes::IMAGES_INSPECT,
+            routes::IMAGES_VERIFY,
             routes::IMAGES_PRUNE,
             routes::OPERATIONS,
             routes::OPERATION,

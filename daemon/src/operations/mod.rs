@@ -86,7 +86,10 @@ impl Operations {
             created_at: state::now(),
             ended_at: None,
         };
-        self.record(operation.clone()).await?;
+        let mut gone = CallerGone(self.clone(), Some(operation.clone()));
+        let recorded = self.record(operation.clone()).await;
+        gone.1 = None;
+        recorded?;
         let now = Instant::now();
         let entry = Arc::new(Entry {
             operation: Mutex::new(operation.clone()),
@@ -231,6 +234,28 @@ impl Operations {
             entry.cancel.cancel();
         }
         self.get(id).await
+    }
+}
+
+/// If whoever wants an operation goes while its beginning is being recorded, nothing begins, and the record says so.
+struct CallerGone(Operations, Option<Operation>);
+
+impl Drop for CallerGone {
+    fn drop(&mut self) {
+        let Some(mut operation) = self.1.take() else {
+            return;
+        };
+        let err = Error::new(Code::Cancelled, "Who asked for it has gone");
+        operation.state = OperationState::Cancelled;
+        operation.ended_at = Some(state::now());
+        operation.error = Some(err.into());
+        let operations = self.0.clone();
+        // Comes after the beginning: records are written in order.
+        tokio::spawn(async move {
+            if let Err(err) = operations.record(operation).await {
+                tracing::error!(%err, "an operation that did not begin can't be recorded");
+            }
+        });
     }
 }
 
@@ -381,6 +406,24 @@ mod tests {
         assert_eq!(follow.operation.error.unwrap().code, Code::ShutdownTimeout);
         free.send(()).unwrap();
         hold.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_whose_caller_goes_before_it_begins_does_not_run_for_ever() {
+        let (_dir, operations) = operations();
+        {
+            let begin = operations.begin(OperationKind::Pull, "x", |_| async { Ok(()) });
+            let mut begin = std::pin::pin!(begin);
+            assert!(futures_util::poll!(&mut begin).is_pending());
+        }
+        for _ in 0..500 {
+            let all = operations.list().await.unwrap();
+            match all.first().map(|operation| operation.state) {
+                Some(OperationState::Cancelled) => return,
+                _ => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        }
+        panic!("{:?}", operations.list().await);
     }
 
     #[tokio::test]

@@ -33,7 +33,7 @@ use super::{Service, wiring};
 use crate::state::instances::{InstanceRow, Layer};
 
 /// Pieces on their way to or from a client.
-const PIECES: usize = 8;
+pub(super) const PIECES: usize = 8;
 /// Each of so many bytes.
 const PIECE: usize = 128 << 10;
 /// More threads than that don't help: reading is one.
@@ -355,14 +355,14 @@ impl<'a> Progress<'a> {
 }
 
 /// Sends bytes from a blocking thread to a client, piece by piece; waits for one that is slow.
-struct Pieces {
+pub(super) struct Pieces {
     to: mpsc::Sender<io::Result<Bytes>>,
     report: Reporter,
     gathered: Vec<u8>,
 }
 
 impl Pieces {
-    fn new(to: mpsc::Sender<io::Result<Bytes>>, report: Reporter) -> Self {
+    pub fn new(to: mpsc::Sender<io::Result<Bytes>>, report: Reporter) -> Self {
         Self {
             to,
             report,

@@ -5,7 +5,7 @@
 //! Next step on the way of the data: `instances/src/machine/` and `images/src/`.
 
 pub(crate) mod admission;
-mod archive;
+pub(crate) mod archive;
 pub(crate) mod archive_import;
 mod archive_manifest;
 mod clone;
@@ -17,13 +17,15 @@ mod given;
 mod guest;
 mod hardware;
 mod host;
-mod images;
+mod image_making;
+pub(crate) mod images;
 mod instance_settings;
 mod launch;
 pub(crate) mod layers;
 mod leases;
 mod lifecycle;
 mod log;
+mod merge;
 mod networks;
 mod order;
 pub(crate) mod passphrase;
@@ -53,6 +55,7 @@ use crate::hub::Hub;
 use crate::operations::Operations;
 use crate::state::State;
 use crate::state::instances::{BrokenRow, Stage};
+pub(crate) use archive::Export;
 use registry::Registry;
 
 /// A guest's report that is older is asked for anew.
@@ -201,11 +204,17 @@ impl Service {
     fn digests_in_use(&self) -> HashSet<pileus_base::Digest> {
         let instances = self.parts.registry.all();
         let templates = self.parts.templates.all();
-        instances
+        let mut in_use: HashSet<_> = instances
             .iter()
             .filter_map(|instance| instance.row().spec.image.map(|image| image.digest))
             .chain(templates.iter().map(|template| template.key.image.clone()))
-            .collect()
+            .collect();
+        if !self.parts.broken.is_empty() {
+            // What a row that can't be read stands on is not known: it may be any of them.
+            let all = self.parts.store.digests();
+            in_use.extend(all.unwrap_or_default());
+        }
+        in_use
     }
 }
 

@@ -2,10 +2,12 @@
 
 use std::str::FromStr;
 use std::sync::{PoisonError, RwLock};
+use std::time::Duration;
 
 use pileus_api::Setting;
 use pileus_base::{Code, Error, Result, Size};
 
+use super::images::age;
 use super::{Service, passphrase};
 use crate::state::{self, State};
 
@@ -45,6 +47,10 @@ impl FromStr for WarmMode {
 }
 
 const MIRROR: &str = "local.image.mirror";
+/// The settings of the image store's budget begin so.
+const IMAGES: &str = "local.images.";
+/// A bound that is none.
+const NONE: &str = "none";
 /// Has a keeper of its own: only whether it is set can be read.
 const PASSPHRASE: &str = "local.passphrase";
 
@@ -73,6 +79,19 @@ pub struct Settings {
     pub privileged_mounts: bool,
     /// A copy of the image host that is asked instead of it; checked by the one who uses it.
     pub image_mirror: String,
+    /// What the image store is kept within.
+    pub images: ImageBudget,
+}
+
+/// What images may take; those that nobody needs go, the least recently used first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImageBudget {
+    /// Of the file system, for others.
+    pub min_free: Size,
+    /// All images together.
+    pub max_size: Option<Size>,
+    /// How long an image that nobody uses stays.
+    pub max_age: Option<Duration>,
 }
 
 impl Default for Settings {
@@ -85,6 +104,11 @@ impl Default for Settings {
             bridged_network: String::new(),
             privileged_mounts: true,
             image_mirror: String::new(),
+            images: ImageBudget {
+                min_free: Size::gib(1),
+                max_size: None,
+                max_age: None,
+            },
         }
     }
 }
@@ -97,7 +121,7 @@ struct Key {
     set: fn(&mut Settings, &str) -> bool,
 }
 
-const KEYS: [Key; 8] = [
+const KEYS: [Key; 11] = [
     Key {
         name: "local.bridged-network",
         values: "the name of a network (`pileus networks`), or nothing",
@@ -125,6 +149,45 @@ const KEYS: [Key; 8] = [
             value.clone_into(&mut s.image_mirror);
             true
         },
+    },
+    Key {
+        name: "local.images.max-age",
+        values: "an age, such as 30d, or none",
+        get: |s| s.images.max_age.map_or_else(|| NONE.to_owned(), age::show),
+        set: |s, value| match value {
+            NONE => {
+                s.images.max_age = None;
+                true
+            }
+            value => age::parse(value)
+                .map(|age| s.images.max_age = Some(age))
+                .is_some(),
+        },
+    },
+    Key {
+        name: "local.images.max-size",
+        values: "a size, such as 40GiB, or none",
+        get: |s| {
+            s.images
+                .max_size
+                .map_or_else(|| NONE.to_owned(), |size| size.to_string())
+        },
+        set: |s, value| match value {
+            NONE => {
+                s.images.max_size = None;
+                true
+            }
+            value => value
+                .parse()
+                .map(|size| s.images.max_size = Some(size))
+                .is_ok(),
+        },
+    },
+    Key {
+        name: "local.images.min-free",
+        values: "a size, such as 1GiB",
+        get: |s| s.images.min_free.to_string(),
+        set: |s, value| value.parse().map(|size| s.images.min_free = size).is_ok(),
     },
     Key {
         name: "local.privileged-mounts",
@@ -263,6 +326,9 @@ impl Service {
             held.clone()
         };
         self.settings_changed();
+        if name.starts_with(IMAGES) {
+            self.image_budget_changed();
+        }
         Ok(shown(key, &changed))
     }
 
@@ -336,6 +402,15 @@ mod tests {
             ("local.bridged-network", "a/b", false),
             ("local.driver", "qemu", true),
             ("local.driver", "lxd", false),
+            ("local.images.min-free", "2G", true),
+            ("local.images.min-free", "0", true),
+            ("local.images.min-free", "none", false),
+            ("local.images.max-size", "40GiB", true),
+            ("local.images.max-size", "none", true),
+            ("local.images.max-size", "", false),
+            ("local.images.max-age", "30d", true),
+            ("local.images.max-age", "none", true),
+            ("local.images.max-age", "30", false),
         ] {
             let key = find(name).unwrap();
             assert_eq!(
