@@ -2,6 +2,7 @@
 //! restarts after crashes and after the host's, shutdowns with a delay.
 
 use std::io::Read;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -47,7 +48,7 @@ fn guest_snapshots() {
     if !need(&NEEDS) {
         return;
     }
-    let daemon = start();
+    let mut daemon = start();
     // Writes a number to the disk, and then says which is there.
     let writer = "i=0; while :; do i=$((i+1)); echo $i > /var/tmp/n.new; mv /var/tmp/n.new /var/tmp/n; \
                   sync /var/tmp/n /var/tmp; echo $i > /dev/shm/synced.new; mv /dev/shm/synced.new /dev/shm/synced; done";
@@ -143,13 +144,50 @@ fn guest_snapshots() {
     assert!(number >= seen, "{number}, but {seen} was synced");
     assert_ne!(e, a);
     assert_eq!(parents(&daemon), "four<uno snapshot3<uno stopped<four uno<");
+    merged(&mut daemon, &format!("{a}{b}{c}"));
     daemon.run(&["delete", "--purge", "foo"]).ok();
-    let layers = pileus_testkit::files_below(&daemon.storage().join("data/layers"));
+    let layers = layers(&daemon);
     assert_eq!(
         layers.len(),
         1,
         "only the template's layer stays: {layers:?}"
     );
+}
+
+fn layers(daemon: &Daemon) -> Vec<PathBuf> {
+    pileus_testkit::files_below(&daemon.storage().join("data/layers"))
+}
+
+/// Layers that were there for snapshots which are gone become one, and a guest on it finds what it wrote.
+fn merged(daemon: &mut Daemon, files: &str) {
+    let numbers = 1..=9;
+    for n in numbers.clone() {
+        let script = format!("echo {n} > /var/tmp/last; echo {n} > /var/tmp/n{n}; sync");
+        daemon.script("foo", &script);
+        daemon
+            .run(&["snapshot", "foo", "-n", &format!("n{n}")])
+            .ok();
+    }
+    let snapshots: Vec<_> = numbers.clone().map(|n| format!("foo.n{n}")).collect();
+    let gone: Vec<_> = snapshots[..8].iter().map(String::as_str).collect();
+    daemon
+        .run(&[&["delete", "--purge"], &gone[..]].concat())
+        .ok();
+    daemon.run(&["stop", "foo"]).ok();
+    let before = layers(daemon).len();
+    // It looks for what can be merged when it starts, and then now and again.
+    daemon.stop();
+    daemon.start_again();
+    wait_until("layers are merged", 60, || {
+        (layers(daemon).len() + 7 <= before).then_some(())
+    });
+    daemon.run(&["start", "foo"]).ok();
+    assert_eq!(read(daemon, "foo", &["a", "b", "c"]), format!("{files}\n"));
+    let all = daemon.script("foo", "cat /var/tmp/last /var/tmp/n?");
+    assert_eq!(all, "9\n1\n2\n3\n4\n5\n6\n7\n8\n9\n");
+    daemon.run(&["restore", "-d", "foo.n9"]).ok();
+    let last = daemon.exec("foo", &["cat", "/var/tmp/last"]);
+    assert_eq!(last, "9\n");
 }
 
 /// Takes a snapshot; how many milliseconds the guest stood still.

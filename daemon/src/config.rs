@@ -63,6 +63,10 @@ pub struct Args {
     #[arg(long, value_name = "WHEN", default_value = "auto", env = "PILEUS_WARM")]
     pub warm: WarmMode,
 
+    /// Leave disks' layers as they are: those that snapshots need no more are not merged in the background.
+    #[arg(long)]
+    pub keep_layers: bool,
+
     /// What to log: error, warn, info, debug, trace, or a filter such as `pileusd=debug`.
     #[arg(
         long,

@@ -317,6 +317,8 @@ impl Daemon {
             command.arg("--qemu").arg(self.fake_qemu());
             // Chosen, not found: nothing to warn of.
             command.args(["--accelerator", "tcg"]);
+            // What its guests write are marks behind the layers' ends.
+            command.arg("--keep-layers");
         }
         command
             .args([

@@ -65,7 +65,8 @@ impl Service {
                 ),
             )
             .advise(
-                "Layers are not merged yet: launch a new instance, and copy your files over.",
+                "Stop it for a minute or two: layers that no snapshot needs are merged then. Snapshots that are \
+                 deleted make more of them so.",
             ));
         }
         let row = instance.change(|row| row.spec.layers.push(layer)).await?;

@@ -22,6 +22,12 @@ use crate::tool::{self, Bounds};
 /// A table of each layer is kept in memory.
 const MEMORY: u64 = 4 << 30;
 const TIME: Duration = Duration::from_secs(6 * 3600);
+pub(super) const BOUNDS: Bounds = Bounds {
+    time: TIME,
+    grace: Duration::from_secs(2),
+    memory: Some(MEMORY),
+    file: None,
+};
 
 impl Store {
     /// Makes the disk of what comes in of a raw disk and the layers above it, the lowest first. Nobody may write to
@@ -39,10 +45,8 @@ impl Store {
         };
         let target = incoming.disk();
         let bounds = Bounds {
-            time: TIME,
-            grace: Duration::from_secs(2),
-            memory: Some(MEMORY),
             file: Some(size.bytes().saturating_add(4096)),
+            ..BOUNDS
         };
         let mut command = Command::new(&self.config.tools.qemu_img);
         command
@@ -95,7 +99,7 @@ fn length(path: &Path) -> Result<u64> {
 }
 
 /// QEMU wrote them for a guest: none may name another file, or have what only others' files have.
-fn checked(layers: &[PathBuf], top: &Path) -> Result<Size> {
+pub(super) fn checked(layers: &[PathBuf], top: &Path) -> Result<Size> {
     let mut size = 0;
     for path in layers {
         let file = File::open(path).io(format_args!("Opening {}", path.display()))?;
@@ -108,14 +112,18 @@ fn checked(layers: &[PathBuf], top: &Path) -> Result<Size> {
 }
 
 /// The nodes in QEMU's words.
-fn chain(base: &Path, layers: &[PathBuf]) -> Result<String> {
+pub(super) fn chain(base: &Path, layers: &[PathBuf]) -> Result<String> {
     let name = |path: &Path| {
         path.to_str().map(str::to_owned).ok_or_else(|| {
             let what = format!("The path {} is not valid UTF-8", path.display());
             Error::new(Code::InvalidArgument, what)
         })
     };
-    let file = |path: &Path| Ok::<_, Error>(json!({"driver": "file", "filename": name(path)?}));
+    // No locks: whoever calls knows that nobody writes, and a machine may be started on them meanwhile.
+    let file = |path: &Path| {
+        let name = name(path)?;
+        Ok::<_, Error>(json!({"driver": "file", "filename": name, "locking": "off"}))
+    };
     let mut node: Value = json!({"driver": "raw", "file": file(base)?});
     for layer in layers {
         node = json!({"driver": "qcow2", "file": file(layer)?, "backing": node});
@@ -132,7 +140,7 @@ fn percent(line: &str) -> Option<f64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::os::unix::fs::{FileExt, MetadataExt};
     use std::process::Command;
 
@@ -140,7 +148,7 @@ mod tests {
     use crate::overlay;
     use crate::store::StoreConfig;
 
-    fn write(layer: &Path, pattern: u8, at: &str) {
+    pub fn write(layer: &Path, pattern: u8, at: &str) {
         let command = format!("write -P {pattern} {at}");
         // Without its backing file: only this layer is meant.
         let done = Command::new("qemu-io")

@@ -18,6 +18,7 @@
 //! parts     what both strict readers of tars share: numbers, checksums, sparse maps (`packed/members`)
 //! content   what an image consists of, and an image of the store out of an archive
 //! flatten   one disk of an instance's layers, for an image of the store
+//! merge     several layers become one
 //! layer     a qcow2 layer's head without names of files, and with ours
 //! ```
 //!
@@ -32,6 +33,7 @@ pub mod extents;
 mod flatten;
 pub mod layer;
 pub(crate) mod member;
+mod merge;
 pub(crate) mod out;
 pub(crate) mod parts;
 pub mod read;

@@ -80,6 +80,12 @@ impl Service {
             .count()
     }
 
+    /// Whether not just one instance stands on it.
+    pub(super) fn is_shared(&self, layer: Layer) -> bool {
+        let templates = self.parts.templates.all();
+        self.standing_on(layer) > 1 || templates.iter().any(|t| t.layer == layer)
+    }
+
     /// Deletes a template. Its disk stays as long as instances stand on it.
     pub async fn delete_template(&self, id: &str) -> Result<PrunedTemplate> {
         let template = self.parts.templates.find(id)?;
