@@ -160,7 +160,7 @@ impl Setup {
             boot,
             nic: Nic::Tap(self.mac),
             extra_nics: self.extra_nics.clone(),
-            hardware: self.hardware.clone(),
+            hardware: self.hardware.with_cpus(self.cpus),
             // An image's own choice of hardware is kept as it is.
             growth: match self.hardware == Hardware::default() {
                 true => host.growth,
@@ -230,6 +230,7 @@ impl QemuDriver {
         let mut spec = self.spec(host, saved.firmware_boot);
         spec.machine_type.clone_from(&saved.machine_type);
         spec.cpus = saved.cpus;
+        spec.hardware = self.setup().hardware.with_cpus(saved.cpus);
         spec.memory = saved.memory;
         spec.growth = saved.growth;
         spec.extra_nics.clone_from(&saved.extra_nics);

@@ -373,7 +373,8 @@ pub fn insert(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
 pub fn update(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
     tx.execute(
         "UPDATE instances SET name = ?2, state = ?3, deleted = ?4, started_at = ?5, spec = ?6,
-         process = ?7, history = ?8, lease = ?9, shutdown_at = ?10, snapshots = ?11 WHERE id = ?1",
+         process = ?7, history = ?8, lease = ?9, shutdown_at = ?10, snapshots = ?11, mac = ?12
+         WHERE id = ?1",
         params![
             row.id.to_string(),
             row.name.as_str(),
@@ -386,6 +387,7 @@ pub fn update(tx: &Transaction<'_>, row: &InstanceRow) -> Result<()> {
             row.lease.map(|t| t.to_string()),
             row.shutdown_at.map(|t| t.to_string()),
             json(&*row.snapshots)?,
+            row.mac.to_string(),
         ],
     )
     .map_err(|err| database("Writing", err))?;

@@ -168,6 +168,19 @@ impl Hardware {
         *self == Self::default()
     }
 
+    /// The same for a machine with so many CPUs: a topology that makes another number is given up.
+    #[must_use]
+    pub fn with_cpus(&self, cpus: u32) -> Self {
+        let product = |each: &Topology| {
+            let cores = each.sockets.checked_mul(each.cores)?;
+            cores.checked_mul(each.threads)
+        };
+        Self {
+            topology: self.topology.filter(|each| product(each) == Some(cpus)),
+            ..self.clone()
+        }
+    }
+
     /// Replaces what this QEMU doesn't have by what is nearest to it; a sentence for each.
     pub fn fit(&mut self, has: &Abilities) -> Vec<String> {
         let mut notes = Vec::new();

@@ -185,6 +185,10 @@ fn a_row_without_hardware_is_read_and_one_with_it_written_back() {
         ..Hardware::default()
     };
     assert_eq!(hardware.keymap(), Some("nl"));
+    // Another number of CPUs, and back.
+    assert_eq!(hardware.with_cpus(4), hardware);
+    assert_eq!(hardware.with_cpus(3).topology, None);
+    assert_eq!(hardware.with_cpus(3).sound, hardware.sound);
     let text = serde_json::to_string(&hardware).unwrap();
     assert_eq!(serde_json::from_str::<Hardware>(&text).unwrap(), hardware);
 }

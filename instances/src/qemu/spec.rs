@@ -318,11 +318,7 @@ impl MachineSpec {
             return bad(format!("{keymap:?} is no keyboard layout"));
         }
         if let Some(each) = self.hardware.topology
-            && each
-                .sockets
-                .checked_mul(each.cores)
-                .and_then(|n| n.checked_mul(each.threads))
-                != Some(self.cpus)
+            && self.hardware.with_cpus(self.cpus).topology.is_none()
         {
             return bad(format!("{each:?} does not make {} CPUs", self.cpus));
         }

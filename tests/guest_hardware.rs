@@ -1,0 +1,156 @@
+//! Real guests on hardware that an image chose: the old chipset, a display, sound, USB, cards of old. Our
+//! channel does not depend on any of it.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+
+use pileus_testkit::{Daemon, GUEST_IMAGE, Need, need};
+use serde_json::{Value, json};
+
+use crate::guests::instance;
+
+const MAC: &str = "aa:54:1a:30:5c:de";
+const UUID: &str = "52bab607-10f1-4049-a0f8-ee4725cb715b";
+
+fn launch(daemon: &Daemon, name: &str, machine: &Value, more: &[&str]) {
+    let file = daemon.folder().join(format!("{name}.json"));
+    std::fs::write(&file, machine.to_string()).unwrap();
+    let file = file.display().to_string();
+    let args = ["launch", GUEST_IMAGE, "--name", name, "--machine", &file];
+    let launched = daemon.run(&[&args[..], more].concat());
+    assert_eq!(launched.ok_with_words(), format!("Launched: {name}\n"));
+}
+
+/// `vendor:device` of everything on PCI.
+fn devices(daemon: &Daemon, name: &str) -> Vec<String> {
+    let look = "for d in /sys/bus/pci/devices/*; do echo $(cat $d/vendor $d/device); done";
+    let found = daemon.script(name, look).replace("0x", "");
+    found.lines().map(|line| line.replace(' ', ":")).collect()
+}
+
+/// The guest sees what was chosen for it.
+fn sees_its_hardware(daemon: &Daemon) {
+    let exec = |words: &[&str]| daemon.exec("foo", words);
+    assert_eq!(exec(&["nproc"]), "2\n");
+    let memory = exec(&["awk", "/MemTotal/ {print int($2 / 1024)}", "/proc/meminfo"]);
+    let memory: u32 = memory.trim().parse().unwrap();
+    assert!((560..=700).contains(&memory), "{memory} MiB of memory");
+    assert!(
+        exec(&["sh", "-c", "cat /sys/class/net/*/address"]).contains(MAC),
+        "no card has its address"
+    );
+    let dmi = |what: &str| exec(&["sudo", "cat", &format!("/sys/class/dmi/id/{what}")]);
+    assert_eq!(dmi("product_uuid"), format!("{UUID}\n"));
+    assert!(
+        dmi("product_name").contains("i440FX"),
+        "{}",
+        dmi("product_name")
+    );
+    let devices = devices(daemon, "foo");
+    for (what, id) in [
+        ("the old chipset", "8086:1237"),
+        ("VGA", "1234:1111"),
+        ("USB", "8086:7020"),
+        ("sound", "8086:2668"),
+    ] {
+        assert!(
+            devices.iter().any(|found| found == id),
+            "no {what}: {devices:?}"
+        );
+    }
+    // What is ours is there as well: the disk, the seed, the ports, randomness.
+    let ours = devices.iter().filter(|found| found.starts_with("1af4:"));
+    assert!(ours.count() >= 5, "{devices:?}");
+    let through = daemon.run_with(&["exec", "foo", "--", "cat"], b"through the channel");
+    assert_eq!(through.ok(), "through the channel");
+}
+
+fn shows_its_display(daemon: &Daemon) {
+    let id = instance(daemon, "foo")["id"].as_str().unwrap().to_owned();
+    let run = daemon.storage().join("run/i");
+    let folders = std::fs::read_dir(&run).unwrap().flatten();
+    let own = folders
+        .map(|entry| entry.path())
+        .find(|path| id.starts_with(path.file_name().unwrap().to_str().unwrap()))
+        .unwrap_or_else(|| panic!("no folder of {id} in {}", run.display()));
+    let mut display = UnixStream::connect(own.join("display/vnc.sock")).unwrap();
+    let mut hello = [0; 12];
+    display.read_exact(&mut hello).unwrap();
+    assert_eq!(&hello, b"RFB 003.008\n");
+}
+
+#[test]
+fn guest_hardware_of_old() {
+    if !need(&[Need::Root, Need::Tun, Need::Guest]) {
+        return;
+    }
+    let daemon = Daemon::real();
+    let machine = json!({
+        "version": 1,
+        "uuid": UUID,
+        "chipset": "pc-i440fx-2.8",
+        "cpu": "host",
+        "cores": 2,
+        "memory": 700,
+        "mac": MAC,
+        "usb": "piix3-usb-uhci",
+        "graphics": "VGA",
+        "sound": "hda-duplex/intel-hda",
+        "keyboard": "usb-kbd",
+        "mouse": "usb-mouse",
+        "tablet": "usb-tablet",
+        "keyboardLayout": "nl-be",
+    });
+    launch(&daemon, "foo", &machine, &[]);
+    assert_eq!(daemon.origin("foo"), "cold");
+    assert_ne!(daemon.field("foo", "/ipv4/0"), Value::Null);
+    sees_its_hardware(&daemon);
+    shows_its_display(&daemon);
+    // What it knew it knows again, on the same machine.
+    daemon.script("foo", "echo here > /dev/shm/mark");
+    daemon.run(&["suspend", "foo"]).ok_with_words();
+    daemon.run(&["start", "foo"]).ok_with_words();
+    assert_eq!(daemon.exec("foo", &["cat", "/dev/shm/mark"]), "here\n");
+    sees_its_hardware(&daemon);
+    // Its first card goes and comes again, as it does on any machine.
+    daemon
+        .run(&["fork", "foo", "--name", "bar"])
+        .ok_with_words();
+    assert_eq!(daemon.exec("bar", &["cat", "/dev/shm/mark"]), "here\n");
+    assert_ne!(daemon.field("bar", "/ipv4/0"), Value::Null);
+    assert_eq!(daemon.exec("bar", &["hostname"]), "bar\n");
+}
+
+#[test]
+fn guest_hardware_that_its_kernel_has_no_driver_for() {
+    if !need(&[Need::Root, Need::Tun, Need::Guest]) {
+        return;
+    }
+    let daemon = Daemon::real();
+    let machine = json!({
+        "version": 1,
+        "chipset": "pc-i440fx-2.8",
+        "network": "e1000",
+        "mac": MAC,
+        "graphics": "virtio-vga",
+        "usb": "nec-usb-xhci",
+        "sound": "AC97",
+        "tablet": "usb-tablet",
+    });
+    launch(&daemon, "foo", &machine, &["--timeout", "600"]);
+    assert_eq!(instance(&daemon, "foo")["mac"], MAC);
+    let devices = devices(&daemon, "foo");
+    for (what, id) in [
+        ("e1000", "8086:100e"),
+        ("virtio-vga", "1af4:1050"),
+        ("xHCI", "1033:0194"),
+        ("AC97", "8086:2415"),
+    ] {
+        assert!(
+            devices.iter().any(|found| found == id),
+            "no {what}: {devices:?}"
+        );
+    }
+    // A cloud's kernel has no driver for such a card: the channel needs none.
+    assert_eq!(daemon.exec("foo", &["hostname"]), "foo\n");
+}
