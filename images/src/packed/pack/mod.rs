@@ -5,21 +5,22 @@
 //! ```text
 //! survey   the disk's data, holes and digest     many threads, page cache warm afterwards
 //! layer    an empty layer.qcow2
+//! file     the stream, into a file
 //! ```
 //!
 //! The small members go first, so that who looks at an archive needs not read all of it.
 //!
 //! Next step: `unpack` takes it in again.
 
+mod file;
 mod layer;
 mod survey;
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
 
-use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt, files};
+use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt};
 use sha2::Digest as _;
 
 use super::machine::Machine;
@@ -27,6 +28,7 @@ use super::manifest::{DiskMember, Manifest, Member, Members, Provenance};
 use super::{DISK, LAYER, MACHINE, MANIFEST};
 use crate::archive::extents::{Extent, is_dense};
 use crate::archive::out::{Tar, compress, failed};
+pub use file::pack_to_file;
 use survey::{Survey, survey};
 
 const LOOKING: &str = "Looking at the disk";
@@ -131,67 +133,6 @@ fn put_disk<W: Write>(
         }
     }
     tar.end_member()
-}
-
-/// Writes an archive to a file: whole and synced, in place of what was there; or, if it fails or is cancelled,
-/// not at all. Blocks.
-pub fn pack_to_file(
-    source: &PackSource<'_>,
-    target: &Path,
-    threads: usize,
-    report: &Reporter,
-) -> Result<Packed> {
-    let (temp, file) = Temp::beside(target)?;
-    let packed = pack(source, &file, threads, report)?;
-    let what = || format!("Writing {}", target.display());
-    file.sync_all().io(what())?;
-    report.check()?;
-    temp.become_target(target).io(what())?;
-    Ok(packed)
-}
-
-/// A file that is removed unless it takes its target's place.
-struct Temp {
-    path: PathBuf,
-}
-
-impl Temp {
-    fn beside(target: &Path) -> Result<(Self, File)> {
-        let name = target.file_name().filter(|_| !target.is_dir());
-        let name = name.ok_or_else(|| {
-            Error::new(
-                Code::InvalidArgument,
-                format!("{} is no name for a file", target.display()),
-            )
-        })?;
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}.part", uuid::Uuid::new_v4().simple()));
-        let path = target.with_file_name(hidden);
-        let mut options = File::options();
-        let file = options
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .io(format_args!("Creating {}", target.display()))?;
-        Ok((Self { path }, file))
-    }
-
-    fn become_target(self, target: &Path) -> io::Result<()> {
-        std::fs::rename(&self.path, target)?;
-        // There is no such file any more.
-        std::mem::forget(self);
-        let folder = target.parent().filter(|path| *path != Path::new(""));
-        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
-    }
-}
-
-impl Drop for Temp {
-    fn drop(&mut self) {
-        if let Err(err) = files::remove_file(&self.path) {
-            tracing::warn!(%err, "a half-written archive was left");
-        }
-    }
 }
 
 /// What shows that a file was written to.
