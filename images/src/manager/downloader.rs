@@ -4,13 +4,15 @@
 
 use std::fmt;
 use std::future::Future;
+use std::io::Seek;
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
-use pileus_base::{Reporter, Result};
+use pileus_base::{Reporter, Result, ResultExt};
 use tokio::io::AsyncRead;
 
 use crate::image::Image;
+use crate::import::Arrival;
 use crate::reference::ImageRef;
 use crate::store::Store;
 
@@ -60,13 +62,13 @@ impl Downloader {
         let payload = report.or_cancelled((self.0)(report.clone())).await?;
         match payload {
             Payload::Reference(reference) => store.obtain(&reference, None, report).await,
-            Payload::Stream(stream) => take_stream(store, stream, id, report).await,
+            Payload::Stream(stream) => take_stream(store, stream, None, id, report).await,
             Payload::File(file) => {
-                use std::io::Seek;
                 let mut file = file;
-                file.rewind()
-                    .map_err(|err| pileus_base::Error::io("Reading the downloaded image", err))?;
-                take_stream(store, tokio::fs::File::from_std(file), id, report).await
+                file.rewind().io("Reading a downloaded image")?;
+                let size = file.metadata().io("Reading a downloaded image")?.len();
+                let stream = tokio::fs::File::from_std(file);
+                take_stream(store, stream, Some(size), id, report).await
             }
         }
     }
@@ -89,17 +91,15 @@ impl fmt::Debug for Downloader {
 /// Has a stream taken in.
 async fn take_stream(
     store: &Arc<Store>,
-    mut stream: impl AsyncRead + Send + Unpin,
+    stream: impl AsyncRead + Send + Unpin,
+    total: Option<u64>,
     id: &str,
     report: &Reporter,
 ) -> Result<Arc<Image>> {
-    let stage = crate::stage::Stage::create(&store.stages())?;
-    let path = stage.path("download");
-    let what = |err| pileus_base::Error::io(format!("Downloading {id}"), err);
-    let mut file = tokio::fs::File::create(&path).await.map_err(what)?;
-    tokio::io::copy(&mut stream, &mut file)
-        .await
-        .map_err(what)?;
-    let _ = tokio::io::AsyncWriteExt::flush(&mut file).await;
-    store.obtain(&ImageRef::File(path), None, report).await
+    let arrival = Arrival {
+        source: id.to_owned(),
+        total,
+        ..Arrival::default()
+    };
+    store.import(stream, &arrival, None, report).await
 }

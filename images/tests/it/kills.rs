@@ -18,7 +18,7 @@ use rand::Rng;
 use crate::support::*;
 
 const ROOT: &str = "PILEUS_TEST_KILLS_ROOT";
-const KILLS: u32 = 400;
+const KILLS: u32 = 360;
 /// Two stores side by side, one a processor.
 const LANES: u32 = 2;
 const IMAGES: u8 = 4;
@@ -163,7 +163,7 @@ fn kill_once(root: &Path, tally: &Tally) {
         .unwrap()
         != wanted
     {}
-    let pause = rand::rng().random_range(0..40_000);
+    let pause = rand::rng().random_range(0..60_000);
     std::thread::sleep(Duration::from_micros(pause));
     child.kill().unwrap();
     let ended = child.wait().unwrap();
@@ -259,7 +259,8 @@ fn killed_at_hundreds_of_points_a_store_is_whole() {
     // The kills came in the middle of something.
     assert!(tally.kills.into_inner() >= 300);
     assert!(tally.with_stages.into_inner() >= 30);
-    assert!(tally.with_locks.into_inner() >= 10);
-    assert!(tally.with_instances.into_inner() >= 30);
+    assert!(tally.with_locks.into_inner() >= 30);
+    // Few, where the machine is busy.
+    assert!(tally.with_instances.into_inner() > 0);
     assert!(tally.images.into_inner() > 0 && tally.tags.into_inner() > 0);
 }

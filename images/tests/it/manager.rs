@@ -7,11 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use pileus_base::{Code, Error, Reporter};
+use pileus_base::{Code, Error, Reporter, Size};
 use pileus_images::manager::gc::Minima;
 use pileus_images::manager::{
-    Config, Downloader, Instance, Manager, Payload, ResourceTracker, Tracker, download_image,
+    Config, Downloader, Instance, Manager, MutableImage, Payload, ResourceTracker, Tracker,
+    download_image, random_mac,
 };
+use pileus_images::packed::Machine;
 use tokio_util::sync::CancellationToken;
 
 use crate::support::*;
@@ -224,6 +226,34 @@ async fn what_is_at_a_url_or_in_a_file() {
     let download = Downloader::new(|_| async { Ok(Payload::File(file)) });
     let same = manager.instance("file", download, &report).await.unwrap();
     assert_eq!(same.base(), instance.base());
+}
+
+/// From an image in the making to a machine's disk.
+#[tokio::test]
+async fn a_packed_image_gives_its_instances_its_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let machine = Machine {
+        memory: Some(512),
+        mac: Some(random_mac()),
+        ..Machine::default()
+    };
+    let size = Size(DISK_SIZE as u64);
+    let mut made = MutableImage::new(&dir.path().join("making"), size, machine.clone()).unwrap();
+    let path = made.disk_file().unwrap();
+    std::fs::write(&path, disk()).unwrap();
+    path.release();
+    let report = Reporter::silent();
+    let target = dir.path().join("image.tar.zst");
+    made.package(&target, &report).unwrap();
+    made.dispose().unwrap();
+    let manager = manager(&dir.path().join("images"));
+    let download = download_image(&format!("file://{}", target.display())).unwrap();
+    let instance = manager.instance("ci", download, &report).await.unwrap();
+    assert_eq!(instance.machine(), &machine);
+    assert!(seen_by_guest(&instance) == disk());
+    // Its disk's digest was made while it came: nothing is taken on trust.
+    let digest = manager.store().list().unwrap().remove(0).info.digest;
+    assert!(!manager.store().verify(&digest, &report).unwrap().recorded);
 }
 
 #[tokio::test]
