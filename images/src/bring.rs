@@ -22,6 +22,8 @@ use crate::store::Store;
 
 /// Bytes that a build takes while it is made (see `hosts/build.rs`).
 const BUILD_ROOM: u64 = 2 << 30;
+/// What is made free when an image turned out to be larger than it seemed, in bytes.
+const RELIEF: u64 = 1 << 30;
 
 impl Store {
     /// The image that `reference` means, got or made if it isn't here. With `checksum`, no other
@@ -104,7 +106,7 @@ impl Store {
         self.make_room(need, report).await?;
         let mut fetched = self.fetch(item, known.as_ref(), expected, report).await;
         if fetched.as_ref().is_err_and(|err| err.code == Code::NoSpace)
-            && self.relieve(need).await.unwrap_or(false)
+            && self.relieve(need.saturating_add(RELIEF)).await?
         {
             report.log("The disk was full; images that nobody needs were removed.");
             fetched = self.fetch(item, known.as_ref(), expected, report).await;
@@ -161,13 +163,11 @@ impl Store {
         let pushed = match &item.origin {
             Origin::Url(url) => {
                 let download = Download {
-                    client: &self.client,
-                    patience: &self.config.patience,
+                    store: self,
                     report,
                     url,
                     known: known.map(|(_, mark)| mark),
                     checked: expected.is_some(),
-                    now: self.config.now,
                 };
                 download.run(&mut intake).await
             }

@@ -3,6 +3,7 @@
 //!
 //! Next step: `intake`.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -18,6 +19,7 @@ use crate::fetch::{Patience, cause};
 use crate::format::too_large;
 use crate::intake::Intake;
 use crate::sources::Mark;
+use crate::store::Store;
 
 /// Bytes that are gathered before they are passed on.
 const BATCH: usize = 256 << 10;
@@ -32,15 +34,13 @@ pub(crate) enum Fetched {
 }
 
 pub(crate) struct Download<'a> {
-    pub client: &'a reqwest::Client,
-    pub patience: &'a Patience,
+    pub store: &'a Arc<Store>,
     pub report: &'a Reporter,
     pub url: &'a Url,
     /// What we know of the content that is in the store.
     pub known: Option<&'a Mark>,
     /// Its digest is known, so that parts of two contents would not be taken for one.
     pub checked: bool,
-    pub now: fn() -> Timestamp,
 }
 
 /// How one attempt ended, if not in an error for good.
@@ -66,7 +66,7 @@ impl Download<'_> {
     pub async fn run(&self, intake: &mut Intake) -> Result<Fetched> {
         self.report.phase(Phase::RetrievingImage);
         let mut begun = Begun::default();
-        let mut pace = Pace::new(self.patience);
+        let mut pace = Pace::new(&self.store.config.patience);
         let (mut fruitless, mut furthest) = (0, 0);
         loop {
             let attempt = self.attempt(intake, &mut begun, &mut pace).await?;
@@ -82,7 +82,7 @@ impl Download<'_> {
                 fruitless + 1
             };
             furthest = furthest.max(intake.position());
-            if fruitless >= self.patience.attempts {
+            if fruitless >= self.store.config.patience.attempts {
                 return Err(err);
             }
             let pause = self.pause(fruitless, wish);
@@ -99,7 +99,7 @@ impl Download<'_> {
     }
 
     fn pause(&self, fruitless: u32, wish: Option<Duration>) -> Duration {
-        let patience = self.patience;
+        let patience = &self.store.config.patience;
         let full = patience.pause.saturating_mul(1 << fruitless.min(10));
         let jittered = full.mul_f64(rand::random_range(0.5..1.0));
         wish.unwrap_or(jittered).min(patience.max_pause)
@@ -166,13 +166,14 @@ impl Download<'_> {
             return Err(too_large(limits.download));
         }
         if let Some(rest) = rest {
-            intake.target().check_room_for(rest)?;
+            self.store.make_room(rest, self.report).await?;
         }
         self.stream(response, intake, begun.total, pace).await
     }
 
     fn request(&self, at: u64, begun: &Begun) -> reqwest::RequestBuilder {
         let mut request = self
+            .store
             .client
             .get(self.url.clone())
             .header(header::ACCEPT_ENCODING, "identity");
@@ -263,7 +264,7 @@ impl Download<'_> {
         if let Ok(seconds) = value.trim().parse() {
             return Some(Duration::from_secs(seconds));
         }
-        let now = date(headers, header::DATE).unwrap_or_else(self.now);
+        let now = date(headers, header::DATE).unwrap_or_else(self.store.config.now);
         let wait = date(headers, header::RETRY_AFTER)?.duration_since(now);
         Some(wait.try_into().unwrap_or(Duration::ZERO))
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt};
 use sha2::Digest as _;
+use url::Url;
 
 use crate::format::too_large;
 use crate::intake::{Intake, PIECE, blocking};
@@ -54,14 +55,9 @@ impl Default for Patience {
 /// A client for downloads. `proxies`: whether the proxy variables of the environment count.
 pub(crate) fn client(patience: &Patience, proxies: bool) -> Result<reqwest::Client> {
     let redirects = reqwest::redirect::Policy::custom(|attempt| {
-        let downgrade = attempt.url().scheme() != "https"
-            && attempt.previous().iter().any(|url| url.scheme() == "https");
-        if downgrade {
-            attempt.error("the server redirects from https to http")
-        } else if attempt.previous().len() > MAX_REDIRECTS {
-            attempt.error("too many redirects")
-        } else {
-            attempt.follow()
+        match may_follow(attempt.previous(), attempt.url()) {
+            Ok(()) => attempt.follow(),
+            Err(why) => attempt.error(why),
         }
     });
     let mut builder = reqwest::Client::builder()
@@ -75,6 +71,18 @@ pub(crate) fn client(patience: &Patience, proxies: bool) -> Result<reqwest::Clie
     builder
         .build()
         .map_err(|err| Error::internal("Setting up the HTTP client failed").with_source(err))
+}
+
+/// Whether a redirect is followed; what was encrypted stays so.
+fn may_follow(previous: &[Url], next: &Url) -> std::result::Result<(), &'static str> {
+    let was_secret = previous.iter().any(|url| url.scheme() == "https");
+    match next.scheme() {
+        "https" | "http" if previous.len() > MAX_REDIRECTS => Err("too many redirects"),
+        "https" => Ok(()),
+        "http" if was_secret => Err("the server redirects from https to http"),
+        "http" => Ok(()),
+        _ => Err("the server redirects to something else than http"),
+    }
 }
 
 /// Why a request failed, in few words.
@@ -181,4 +189,26 @@ pub(crate) async fn hash(path: &Path, report: &Reporter) -> Result<Digest> {
         }
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn redirects_that_are_followed() {
+        let urls =
+            |text: &str| -> Vec<Url> { text.split(' ').map(|url| url.parse().unwrap()).collect() };
+        let may = |previous: &str, next: &str| may_follow(&urls(previous), &urls(next)[0]).is_ok();
+        assert!(may("http://a/", "http://b/"));
+        assert!(may("http://a/", "https://b/"));
+        assert!(may("https://a/", "https://b/"));
+        assert!(!may("https://a/", "http://a/"));
+        assert!(!may("http://a/ https://a/", "http://a/"));
+        assert!(!may("http://a/", "file:///etc/passwd"));
+        assert!(!may("http://a/", "ftp://a/"));
+        let many = ["http://a/"; MAX_REDIRECTS].join(" ");
+        assert!(may(&many, "http://a/"));
+        assert!(!may(&format!("{many} http://a/"), "http://a/"));
+    }
 }

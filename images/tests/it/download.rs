@@ -56,7 +56,8 @@ async fn a_cut_connection_is_resumed_where_it_broke() {
 
 #[tokio::test]
 async fn content_that_changed_meanwhile_is_fetched_from_the_start() {
-    let (old, new) = (vec![1; DISK_SIZE], disk());
+    let (mut old, new) = (vec![1; DISK_SIZE], disk());
+    old[510..512].copy_from_slice(&[0x55, 0xaa]);
     let server = Server::start(old, [Answer::CutAfter(1_000_000)]).await;
     let fixture = Fixture::new();
     let script = server.script.clone();

@@ -488,7 +488,7 @@ async fn a_bad_image_ends_its_download_at_once() {
         .await;
     let err = got.unwrap_err();
     assert_eq!(err.code, Code::BadImage, "{err}");
-    assert_eq!(Rule::of(&err), Some(Rule::HeaderChecksum));
+    assert_eq!(Rule::of(&err), Some(Rule::NotTar));
     let seen = seen.lock().unwrap();
     let most = seen.iter().filter_map(|update| match update {
         Update::Progress { done, .. } => Some(*done),
@@ -629,4 +629,102 @@ async fn processes_that_share_a_store_download_once() {
         "{:?}",
         server.script.lock().unwrap().served
     );
+}
+
+/// Not a test of its own: a store on a file system of its own, of 24 MiB.
+#[tokio::test]
+#[ignore = "run by a_full_disk_is_relieved_once"]
+async fn full_disk_helper() {
+    let Some(root) = std::env::var_os(ROOT) else {
+        eprintln!("SKIPPED: only useful as a helper process");
+        return;
+    };
+    let mut config = config(&PathBuf::from(root).join("images"));
+    config.budget.min_free = 0;
+    let store = Store::open(config).unwrap();
+    let report = Reporter::silent();
+    let here = || -> Vec<Digest> {
+        let listed = store.list().unwrap();
+        listed.into_iter().map(|image| image.info.digest).collect()
+    };
+    let beside = tempfile::tempdir().unwrap();
+    // Data that takes little room as long as it is compressed: nobody sees before how much it needs.
+    let bomb = |mib: usize| {
+        let mut disk = vec![mib as u8; mib << 20];
+        disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+        let path = beside.path().join(format!("{mib}.zst"));
+        std::fs::write(&path, zst(&disk)).unwrap();
+        pileus_images::ImageRef::File(path)
+    };
+    let first = {
+        let image = store.obtain(&bomb(8), None, &report).await.unwrap();
+        image.digest().clone()
+    };
+    // It does not fit beside the first, which goes.
+    let second = store.obtain(&bomb(20), None, &report).await.unwrap();
+    assert_eq!(here(), [second.digest().clone()]);
+    assert_ne!(second.digest(), &first);
+    // One that is held stays, and the host is to blame.
+    let err = store.obtain(&bomb(9), None, &report).await.unwrap_err();
+    assert_eq!(err.code, Code::NoSpace, "{err}");
+    assert_eq!(here(), [second.digest().clone()]);
+    assert!(
+        std::fs::read_dir(store.root().join("stage"))
+            .unwrap()
+            .next()
+            .is_none()
+    );
+    drop(second);
+    let packed = packed(&large_disk(9 << 20));
+    let server = Server::start(packed.clone(), []).await;
+    let third = store
+        .obtain(&server.reference(), None, &report)
+        .await
+        .unwrap();
+    assert_eq!(server.requests(), 1, "there was room before it came");
+    assert_eq!(here(), [digest(&packed)]);
+    drop(third);
+    // More than the whole: an upload can't be asked for again.
+    let err = import(&store, Upload::of(&large_disk(30 << 20)), None)
+        .await
+        .unwrap_err();
+    assert_eq!(err.code, Code::NoSpace, "{err}");
+    let err = store.obtain(&bomb(40), None, &report).await.unwrap_err();
+    assert_eq!(err.code, Code::NoSpace, "{err}");
+    assert!(
+        std::fs::read_dir(store.root().join("stage"))
+            .unwrap()
+            .next()
+            .is_none()
+    );
+    println!("ALL WELL");
+}
+
+#[test]
+fn a_full_disk_is_relieved_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = "mount -t tmpfs -o size=24m tmpfs \"$1\" && exec \"$2\" --exact intake::full_disk_helper \
+                  --ignored --nocapture";
+    let mut command = Command::new("unshare");
+    command
+        .args([
+            "--mount",
+            "--map-root-user",
+            "--propagation=private",
+            "sh",
+            "-c",
+            script,
+            "sh",
+        ])
+        .arg(dir.path())
+        .arg(std::env::current_exe().unwrap())
+        .env(ROOT, dir.path());
+    let done = command.output().unwrap();
+    let said = String::from_utf8_lossy(&done.stdout);
+    let why = String::from_utf8_lossy(&done.stderr);
+    if !said.contains("running 1 test") {
+        eprintln!("SKIPPED: no file system can be mounted here: {why}");
+        return;
+    }
+    assert!(said.contains("ALL WELL"), "{said} {why}");
 }

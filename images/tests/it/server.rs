@@ -306,7 +306,7 @@ async fn respond(script: &Mutex<Script>, uri: &Uri, headers: &HeaderMap) -> Resp
         return response.body(Body::from(body)).unwrap();
     };
     // Bytes that arrive, a moment for them to do so, and a broken connection.
-    let head = futures_util::stream::once(async move { Ok(body.slice(..n)) });
+    let head = futures_util::stream::once(async move { Ok(body.slice(..n.min(body.len()))) });
     let end = futures_util::stream::once(async {
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         Err(std::io::Error::other("cut"))
