@@ -4,7 +4,7 @@
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 
-use pileus_testkit::{Daemon, GUEST_IMAGE, Need, need};
+use pileus_testkit::{Daemon, GUEST_IMAGE, Need, Options, need};
 use serde_json::{Value, json};
 
 use crate::guests::instance;
@@ -84,7 +84,7 @@ fn guest_hardware_of_old() {
     if !need(&[Need::Root, Need::Tun, Need::Guest]) {
         return;
     }
-    let daemon = Daemon::real();
+    let daemon = Daemon::start(Options::real());
     let machine = json!({
         "version": 1,
         "uuid": UUID,
@@ -126,7 +126,7 @@ fn guest_hardware_that_its_kernel_has_no_driver_for() {
     if !need(&[Need::Root, Need::Tun, Need::Guest]) {
         return;
     }
-    let daemon = Daemon::real();
+    let daemon = Daemon::start(Options::real());
     let machine = json!({
         "version": 1,
         "chipset": "pc-i440fx-2.8",
