@@ -40,6 +40,7 @@ pub mod overlay;
 pub mod packed;
 pub mod qcow2;
 mod reference;
+mod refresh;
 mod sources;
 mod sparse;
 mod stage;

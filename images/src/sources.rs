@@ -52,6 +52,13 @@ impl Sources {
         write_small(&self.path(&record.key), &text)
     }
 
+    /// Forgets what a source gave, and returns it.
+    pub fn take(&self, key: &str) -> Result<Option<Record>> {
+        let record = self.get(key);
+        files::remove_file(&self.path(key))?;
+        Ok(record)
+    }
+
     /// Forgets what led to an image that is no longer there.
     pub fn forget(&self, digest: &Digest) -> Result<()> {
         self.forget_unless(|known| known != digest)

@@ -409,5 +409,5 @@ pub(crate) fn not_here(digest: &str) -> Error {
         Code::ImageNotFound,
         format!("There is no image {digest} in the store"),
     )
-    .advise("`pileus images list` shows those that are.")
+    .advise("`pileus image list` shows those that are.")
 }

@@ -142,7 +142,7 @@ impl Store {
                 Size(free),
             ),
         )
-        .advise("Free some space, or remove unused images with `pileus images prune`."))
+        .advise("Free some space, or remove unused images with `pileus image prune`."))
     }
 }
 

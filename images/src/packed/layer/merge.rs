@@ -110,7 +110,7 @@ fn check_room(folder: &Path, reserve: u64) -> Result<()> {
             Size(reserve)
         ),
     )
-    .advise("Free some space, or remove unused images with `pileus images prune`."))
+    .advise("Free some space, or remove unused images with `pileus image prune`."))
 }
 
 /// The merged disk's digest, and how many bytes of data it has.

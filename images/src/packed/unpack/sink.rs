@@ -95,7 +95,7 @@ impl Sink<'_> {
                 Size(self.reserve)
             ),
         )
-        .advise("Free some space, or remove unused images with `pileus images prune`."))
+        .advise("Free some space, or remove unused images with `pileus image prune`."))
     }
 
     fn failed(&self, err: std::io::Error) -> Error {
