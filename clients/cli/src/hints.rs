@@ -25,7 +25,7 @@ pub fn for_code(code: Code) -> Option<&'static str> {
         Code::DiskTooSmall => "Ask for a larger disk with --disk.",
         Code::ImageInUse => "Delete and purge the instances that use it first.",
         Code::ChecksumMismatch => "Check the checksum's source, then try again.",
-        Code::NoSpace => "pileus images prune frees the space of unused images.",
+        Code::NoSpace => "pileus image prune frees the space of unused images.",
         Code::NoMemory => "Stop an instance, or ask for less with --memory.",
         Code::QemuMissing | Code::QemuTooOld => {
             "Install QEMU 8.2 or newer (Debian: qemu-system-x86 and qemu-utils)."

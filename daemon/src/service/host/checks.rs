@@ -214,7 +214,7 @@ fn space(facts: &Facts) -> Check {
         _ => return good(name, message),
     };
     let advice =
-        "Free some space: `pileus purge` and `pileus images prune` give back what they can.";
+        "Free some space: `pileus purge` and `pileus image prune` give back what they can.";
     check(name, verdict, message, Some(advice.to_owned()))
 }
 

@@ -2,14 +2,14 @@
 //!
 //! Next step: `images/src/bring.rs` and `images/src/import.rs`.
 
-use std::os::fd::AsRawFd;
+use std::fs::File;
 
 use pileus_api::{
     ErrorBody, ImageImportQuery, Inspection, Operation, OperationKind, PullRequest, Refusal,
 };
-use pileus_base::{Code, Error, Reporter, Result};
+use pileus_base::{Code, Error, Reporter, Result, ResultExt};
 use pileus_images::packed::Rule;
-use pileus_images::{Arrival, ImageRef, Inspected};
+use pileus_images::{About, Arrival, ImageRef, Inspected};
 use tokio::io::AsyncRead;
 use tokio::sync::oneshot;
 use tokio_util::io::StreamReader;
@@ -27,24 +27,29 @@ impl Service {
     pub async fn pull_image(&self, request: PullRequest, peer: Peer) -> Result<Operation> {
         let source = request.image.filter(|image| !image.is_empty());
         let source = source.unwrap_or_else(|| DEFAULT_IMAGE.to_owned());
-        let mut reference: ImageRef = source.parse()?;
-        // From here on it is the very file that the caller may read.
-        let mut opened = None;
-        if let ImageRef::File(path) = &reference
-            && let Some(file) = super::open_as(&self.parts.mode, peer, path)?
-        {
-            reference = ImageRef::File(format!("/proc/self/fd/{}", file.as_raw_fd()).into());
-            opened = Some(file);
-        }
+        let reference: ImageRef = source.parse()?;
+        // Of a user who may not read everything, the very file that the user may read.
+        let file = match &reference {
+            ImageRef::File(path) => super::open_as(&self.parts.mode, peer, path)?,
+            _ => None,
+        };
         let service = self.clone();
         self.parts
             .operations
             .begin(OperationKind::Pull, source, |report| async move {
                 let store = &service.parts.store;
-                // TODO(C): if request.refresh { store.refresh(&reference, &report).await?; }
                 let checksum = request.checksum.as_ref();
-                let image = store.obtain(&reference, checksum, &report).await?;
-                drop(opened);
+                let image = match file {
+                    Some(file) => {
+                        let arrival = arrival_of(&reference, &file)?;
+                        let file = tokio::fs::File::from_std(file);
+                        store.import(file, &arrival, checksum, &report).await?
+                    }
+                    None if request.refresh => {
+                        store.obtain_anew(&reference, checksum, &report).await?
+                    }
+                    None => store.obtain(&reference, checksum, &report).await?,
+                };
                 report.result(image.digest().to_string());
                 service.images_changed();
                 Ok(())
@@ -68,7 +73,10 @@ impl Service {
         let arrival = Arrival {
             source: format!("import:{name}"),
             total: length,
-            ..Arrival::default()
+            about: About {
+                title: name.clone(),
+                ..About::default()
+            },
         };
         let service = self.clone();
         self.parts
@@ -158,6 +166,27 @@ fn refused(err: &Error) -> Inspection {
             error: ErrorBody::from(err),
         }),
     }
+}
+
+/// A file on this host that was opened for a user.
+fn arrival_of(reference: &ImageRef, file: &File) -> Result<Arrival> {
+    let found = file.metadata().io("Looking at the image")?;
+    if !found.is_file() {
+        return Err(Error::new(
+            Code::BadImage,
+            format!("{reference} is no ordinary file"),
+        ));
+    }
+    let source = reference.to_string();
+    let title = plain_name(&source);
+    Ok(Arrival {
+        about: About {
+            title,
+            ..About::default()
+        },
+        source,
+        total: Some(found.len()),
+    })
 }
 
 /// `packed`, or a disk's form and what it is compressed with.

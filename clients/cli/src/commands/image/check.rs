@@ -40,8 +40,10 @@ pub(super) async fn verify(context: &Context, args: &Verify) -> Outcome {
         }
         _ => {}
     }
+    let names = args.images.iter();
+    let names = names.map(|image| super::named(context, image));
     let request = VerifyRequest {
-        images: args.images.clone(),
+        images: names.collect(),
         all: args.all,
     };
     let client = context.client().await?;

@@ -19,6 +19,7 @@ pub struct Info {
 }
 
 pub(super) async fn info(context: &Context, args: &Info, format: Format) -> Outcome {
-    let details = context.client().await?.image(&args.image).await?;
+    let name = super::named(context, &args.image);
+    let details = context.client().await?.image(&name).await?;
     context.print(&render::image::info(&details, format))
 }

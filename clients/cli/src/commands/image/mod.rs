@@ -19,6 +19,7 @@ mod transfer;
 use pileus_api::Operation;
 use pileus_base::{Error, Result};
 
+use crate::commands::launch;
 use crate::context::Context;
 use crate::error::Outcome;
 use crate::render::Format;
@@ -76,6 +77,11 @@ pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
         Action::Prune(args) => remove::prune(context, &args, format).await,
         Action::Remove(args) => remove::remove(context, &args).await,
     }
+}
+
+/// An image of the store as the daemon knows it: a file's path, which it may have come from, is made whole.
+fn named(context: &Context, image: &str) -> String {
+    launch::absolute(image, &context.env.current_folder)
 }
 
 /// The digest of the image that an operation brought.

@@ -25,7 +25,7 @@ pub struct Args {
     /// What it must hash to, as it is fetched (before it is unpacked)
     #[arg(long, value_name = "DIGEST")]
     pub checksum: Option<String>,
-    /// Get it again, also if the store has it
+    /// Ask for the newest and get it again, also if the store has it
     #[arg(long)]
     pub refresh: bool,
 }

@@ -24,7 +24,8 @@ pub(super) async fn remove(context: &Context, args: &Remove) -> Outcome {
     let client = context.client().await?;
     let mut failed = Vec::new();
     for image in &args.images {
-        if let Err(err) = client.remove_image(image, args.force).await {
+        let name = super::named(context, image);
+        if let Err(err) = client.remove_image(&name, args.force).await {
             failed.push((image.clone(), CommandError::from(err)));
         }
     }

@@ -29,7 +29,9 @@ pub(super) async fn tag(context: &Context, args: &Tag) -> Outcome {
     let client = context.client().await?;
     match (&args.image, &args.name, &args.remove) {
         (Some(image), Some(name), None) => {
-            client.tag_image(image, name).await?;
+            client
+                .tag_image(&super::named(context, image), name)
+                .await?;
         }
         (_, _, Some(name)) => client.untag_image(name).await?,
         // The grammar has no other.

@@ -80,7 +80,8 @@ pub(super) async fn export(context: &Context, args: &Export) -> Outcome {
     let (what, command) = ("A packed image", "pileus image export IMAGE -");
     let target = Target::of(context, &args.file, args.force, what, command)?;
     let client = context.client().await?;
-    let begin = async || client.export_image(&args.image).await;
+    let name = super::named(context, &args.image);
+    let begin = async || client.export_image(&name).await;
     target.receive(context, &client, &args.image, begin).await?;
     match target.is_stdout() {
         true => Ok(0),
