@@ -10,9 +10,11 @@
 //! life.rs       suspend and resume
 //! snapshots.rs  snapshots, restores, clones
 //! info.rs       a guest that is looked at fifty times a second
+//! image_instances.rs  instances of a cached image
 //! crowd.rs      many of them: `run` at once, the memory of idle ones
 //! fake.rs       the daemon alone, with stand-in machines: list, memory, bytes written, start
 //! fake_life.rs  the same: starts, snapshots and clones a second
+//! pack.rs       a disk packed into an image, against tar and zstd
 //! measure.rs    times and their medians; processes; the API in ten lines
 //! table.rs      the table
 //! ```
@@ -23,9 +25,11 @@ mod crowd;
 mod fake;
 mod fake_life;
 mod guest;
+mod image_instances;
 mod info;
 mod life;
 mod measure;
+mod pack;
 mod snapshots;
 mod table;
 mod warm;
@@ -128,16 +132,22 @@ enum Bench {
     Operations,
     /// Memory of idle instances, warm and cold
     Idle,
+    /// Packing a disk, against tar and zstd
+    Pack,
+    /// Instances of a cached image, by the store alone
+    Instance,
 }
 
 impl Bench {
     /// Quick ones first: a mistake shows early.
-    const ALL: [Bench; 17] = [
+    const ALL: [Bench; 19] = [
         Bench::Start,
         Bench::Bytes,
         Bench::List,
         Bench::Memory,
         Bench::Operations,
+        Bench::Pack,
+        Bench::Instance,
         Bench::Cold,
         Bench::Exec,
         Bench::Adopt,
@@ -229,6 +239,8 @@ fn run(bench: Bench, args: &Args, worlds: &mut Worlds, table: &mut Table) -> Res
         Bench::Snapshot => snapshots::take(warm, extent, table),
         Bench::Info => info::info(warm, extent, table),
         Bench::Life => life::suspend(warm, extent, table),
+        Bench::Pack => pack::pack(args.rounds, args.quick, table),
+        Bench::Instance => image_instances::instances(args.runs, args.quick, table),
         Bench::Idle => crowd::memory(warm, extent, table),
     }
 }

@@ -35,6 +35,9 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// A chunk's bytes, hashed.
 pub type ChunkHash = [u8; 32];
 
+/// Shown a chunk's index and bytes.
+pub(crate) type Look<'a, T> = &'a (dyn Fn(u64, &[u8]) -> Option<T> + Sync);
+
 /// Told of each piece of data that was looked at, and able to end the work.
 type Moved<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
 
@@ -99,7 +102,7 @@ impl DiskDigest {
             hash.update(bytes);
         }
         self.end = at + bytes.len() as u64;
-        if self.end % CHUNK == 0 {
+        if self.end.is_multiple_of(CHUNK) {
             self.close(self.end / CHUNK - 1);
         }
     }
@@ -174,7 +177,7 @@ pub(crate) fn each_chunk<T: Send>(
     size: u64,
     threads: usize,
     moved: Moved<'_>,
-    look: &(dyn Fn(u64, &[u8]) -> Option<T> + Sync),
+    look: Look<'_, T>,
 ) -> Result<Vec<(u64, T)>> {
     let next = Mutex::new(Next {
         file,
@@ -184,12 +187,12 @@ pub(crate) fn each_chunk<T: Send>(
     });
     let stop = AtomicBool::new(false);
     let mut found = std::thread::scope(|scope| {
-        let (found, all) = sync_channel(64);
+        let (looked, all) = sync_channel(64);
         for _ in 0..threads.max(1) {
-            let (next, found, stop) = (&next, found.clone(), &stop);
-            scope.spawn(move || work(next, stop, look, &found));
+            let (next, looked, stop) = (&next, looked.clone(), &stop);
+            scope.spawn(move || work(next, stop, look, &looked));
         }
-        drop(found);
+        drop(looked);
         let mut kept = Vec::new();
         let mut outcome = Ok(());
         // To the end even after an error: nobody waits at a full queue then.
@@ -197,9 +200,9 @@ pub(crate) fn each_chunk<T: Send>(
             if outcome.is_err() {
                 continue;
             }
-            outcome = one.and_then(|(index, len, value): (u64, u64, Option<T>)| {
-                kept.extend(value.map(|value| (index, value)));
-                moved(len)
+            outcome = one.and_then(|one: Looked<T>| {
+                kept.extend(one.found.map(|found| (one.index, found)));
+                moved(one.len)
             });
             stop.store(outcome.is_err(), Ordering::Relaxed);
         }
@@ -209,16 +212,21 @@ pub(crate) fn each_chunk<T: Send>(
     Ok(found)
 }
 
-type Found<T> = Result<(u64, u64, Option<T>)>;
+/// A chunk that was looked at.
+struct Looked<T> {
+    index: u64,
+    len: u64,
+    found: Option<T>,
+}
 
 fn work<T>(
     next: &Mutex<Next<'_>>,
     stop: &AtomicBool,
-    look: &(dyn Fn(u64, &[u8]) -> Option<T> + Sync),
-    found: &SyncSender<Found<T>>,
+    look: Look<'_, T>,
+    looked: &SyncSender<Result<Looked<T>>>,
 ) {
     let mut buffer = vec![0; CHUNK as usize];
-    let mut one = || -> Result<Option<(u64, u64, Option<T>)>> {
+    let mut one = || {
         let (file, index, len) = {
             let mut next = next.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(index) = next.chunk().io("Looking for a disk's data")? else {
@@ -229,12 +237,13 @@ fn work<T>(
         let bytes = &mut buffer[..len as usize];
         file.read_exact_at(bytes, index * CHUNK)
             .io("Reading a disk")?;
-        Ok(Some((index, len, look(index, bytes))))
+        let found = look(index, bytes);
+        Ok(Some(Looked { index, len, found }))
     };
     while !stop.load(Ordering::Relaxed) {
         let Some(one) = one().transpose() else { return };
         let failed = one.is_err();
-        if found.send(one).is_err() || failed {
+        if looked.send(one).is_err() || failed {
             return;
         }
     }
