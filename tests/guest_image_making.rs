@@ -32,7 +32,7 @@ fn guest_images_are_made_and_travel() {
     if !need(&NEEDS) {
         return;
     }
-    let here = Daemon::start(Options::warm());
+    let here = Daemon::start(Options::real());
     let folder = here.folder().to_owned();
     write(&folder, "site/deep/index.html", "<p>made</p>\n");
     write(&folder, "one.txt", "one file\n");
@@ -184,7 +184,7 @@ fn guest_steps_that_fail() {
     if !need(&NEEDS) {
         return;
     }
-    let here = Daemon::start(Options::warm());
+    let here = Daemon::start(Options::real());
     let text = "from: build:debian-13\nsteps:\n  - {name: bad, run: 'echo said before; exit 7'}\n  - run: touch /never\n";
     let recipe = write(here.folder(), "recipe.yaml", text);
     let out = here.folder().join("x.tar.zst").display().to_string();

@@ -91,6 +91,8 @@ impl Service {
             let image = row.spec.image.as_ref();
             let image = image.and_then(|image| self.parts.store.get(&image.digest));
             let image = image.ok_or_else(|| wiring::no_image(&row))?;
+            // Its layers stay what they are until they were read.
+            let _turn = machine.instance()?.turn(report).await?;
             let parts = self.parts_of(&machine, &image)?;
             let source = format!("recipe from {}", launch.wanted.source);
             let mut info = self.info_of(Some(image.info()), source, &about);

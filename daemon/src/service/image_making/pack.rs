@@ -62,6 +62,8 @@ impl Service {
             if !request.keep_identity {
                 self.forget(&machine, request, report).await?;
             }
+            // Its layers stay what they are until they were read.
+            let _turn = machine.instance()?.turn(report).await?;
             let parts = self.parts_of(&machine, &image)?;
             let about = about(&from, request);
             let what = match &request.snapshot {

@@ -270,7 +270,7 @@ fn work(
     };
     let own = step.timeout.map(seconds).transpose()?;
     let what = match (step.run, step.copy) {
-        (Some(script), None) => run(&name, script, step.shell, step.env)?,
+        (Some(script), None) => run(&name, script, step.shell.as_deref(), step.env)?,
         (None, Some(copy)) => {
             if step.shell.is_some() || !step.env.is_empty() {
                 return Err(bad(format!("{name} copies: it has no shell and no env")));
@@ -310,7 +310,7 @@ fn work(
 fn run(
     name: &str,
     script: String,
-    shell: Option<String>,
+    shell: Option<&str>,
     env: std::collections::BTreeMap<String, String>,
 ) -> Result<What> {
     if script.len() > MOST_SCRIPT || script.contains('\0') || script.trim().is_empty() {
@@ -319,7 +319,7 @@ fn run(
             Size(MOST_SCRIPT as u64)
         )));
     }
-    let shell = shell.as_deref().unwrap_or(SHELL);
+    let shell = shell.unwrap_or(SHELL);
     let words: Vec<String> = shell.split_whitespace().map(str::to_owned).collect();
     if words.is_empty() || words.len() > 16 || shell.len() > 256 || words[0].contains('=') {
         return Err(bad(format!("{shell:?} of {name} is no shell")));
