@@ -18,6 +18,7 @@ use url::Url;
 use crate::fetch::{Patience, cause};
 use crate::format::too_large;
 use crate::intake::Intake;
+use crate::reference::ImageRef;
 use crate::sources::Mark;
 use crate::store::Store;
 
@@ -384,6 +385,16 @@ impl Pace {
     }
 }
 
+impl ImageRef {
+    /// As it may be shown and stored, as a user would write it but for what is secret in a URL.
+    pub fn shown(&self) -> String {
+        match self {
+            Self::Url(url) => shown(url),
+            other => other.to_string(),
+        }
+    }
+}
+
 /// A URL as it may be shown and stored: without a name, a password, a fragment, or what else lets one in.
 pub(crate) fn shown(url: &Url) -> String {
     const SECRETS: [&str; 12] = [
@@ -420,4 +431,70 @@ pub(crate) fn shown(url: &Url) -> String {
         shown.query_pairs_mut().clear().extend_pairs(pairs);
     }
     shown.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_say_where_they_begin() {
+        for (text, want) in [
+            ("bytes 5-9/10", Some((5, Some(10)))),
+            ("bytes 5-9/*", Some((5, None))),
+            ("bytes */10", None),
+            ("bytes 5-9", None),
+            ("bytes x-9/10", None),
+            ("bytes 5-9/x", None),
+            ("lines 5-9/10", None),
+            ("bytes 99999999999999999999-1/2", None),
+        ] {
+            assert_eq!(range(text), want, "{text}");
+        }
+    }
+
+    #[test]
+    fn dates_of_http() {
+        let headers = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::DATE, value.parse().unwrap());
+            date(&headers, header::DATE).map(Timestamp::as_second)
+        };
+        assert_eq!(headers("Sun, 06 Nov 1994 08:49:37 GMT"), Some(784_111_777));
+        for bad in ["", "now", "Sun, 06 Nov 1994", "99999999999999999999"] {
+            assert_eq!(headers(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn coming_forward_is_what_counts() {
+        let patience = Patience {
+            window: Duration::from_secs(10),
+            least: 100,
+            ..Patience::default()
+        };
+        let second = Duration::from_secs(1);
+        let mut pace = Pace::new(&patience);
+        for _ in 0..100 {
+            pace.waited(second, 12).unwrap();
+        }
+        let mut pace = Pace::new(&patience);
+        let slow = (0..100).position(|_| pace.waited(second, 9).is_err());
+        assert_eq!(slow, Some(9), "after ten seconds");
+        let mut pace = Pace::new(&patience);
+        assert!(pace.waited(20 * second, 100).is_ok(), "a pause and a gush");
+        assert!(pace.waited(20 * second, 0).is_err());
+    }
+
+    #[test]
+    fn references_are_shown_without_secrets() {
+        for (text, want) in [
+            ("debian", "debian"),
+            ("file:///a%20b", "file:///a b"),
+            ("https://u:p@h/a?sig=1", "https://h/a?sig=hidden"),
+        ] {
+            let reference: ImageRef = text.parse().unwrap();
+            assert_eq!(reference.shown(), want);
+        }
+    }
 }

@@ -236,6 +236,7 @@ pub(crate) async fn settle(work: &Work<'_>, target: &Target, form: Form) -> Resu
         return Err(too_large(work.limits.virtual_size));
     }
     if settled.disk.is_none() {
+        report.phase(Phase::VerifyingImage);
         settled.disk = Some(disk_digest(&disk, report).await?);
     }
     Ok(settled)
