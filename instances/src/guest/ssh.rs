@@ -46,6 +46,12 @@ const USER_WAIT: Duration = Duration::from_secs(120);
 const HELLO_WAIT: Duration = Duration::from_secs(30);
 /// sshd's greeting, key exchange and login, in a guest without hardware virtualisation.
 const LOGIN_BOUND: Duration = Duration::from_secs(60);
+/// How long a guest has for its greeting, try by try; it takes some milliseconds.
+const GREETINGS: [Duration; 3] = [
+    Duration::from_secs(3),
+    Duration::from_secs(8),
+    Duration::from_secs(20),
+];
 const OPEN_BOUND: Duration = Duration::from_secs(30);
 const CLOSE_BOUND: Duration = Duration::from_secs(2);
 const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -256,16 +262,14 @@ async fn end(old: Option<Arc<Connection>>) {
 impl Shared {
     async fn open(&self, slot: usize) -> Result<Connection> {
         let started = std::time::Instant::now();
-        let dead = CancellationToken::new();
+        let mut dead = CancellationToken::new();
         let handle = match &self.access {
             Access::Agent { link, ports } => {
                 let (name, socket) = ports
                     .get(slot)
                     .ok_or_else(|| Error::internal("An SSH pool without ports"))?;
-                let nonce = Uuid::new_v4().simple().to_string();
-                // Listens from before the beginning, so that no end is missed.
-                tokio::spawn(watch_end(link, nonce.clone(), dead.clone()));
-                let stream = agreed_stream(link, name, socket, &nonce).await?;
+                let stream;
+                (stream, dead) = agreed(link, name, socket).await?;
                 let pin = Pin::Known(self.keys.host_public().clone());
                 self.login(stream, pin).await?
             }
@@ -364,13 +368,40 @@ fn watch_end(
     }
 }
 
-/// Agrees a connection with the agent and reads up to its greeting.
+/// Agrees a connection with the agent; with it comes what is cancelled when its other end is gone.
+///
+/// A guest that stood still while the old connection broke may greet before it knows: into nothing. Then
+/// a new agreement helps, and waiting does not.
+async fn agreed(
+    link: &AgentLink,
+    port: &str,
+    socket: &Path,
+) -> Result<(BufReader<UnixStream>, CancellationToken)> {
+    let mut waited = Duration::ZERO;
+    for bound in GREETINGS {
+        let nonce = Uuid::new_v4().simple().to_string();
+        let dead = CancellationToken::new();
+        // Listens from before the beginning, so that no end is missed.
+        tokio::spawn(watch_end(link, nonce.clone(), dead.clone()));
+        let unless_open = dead.clone().drop_guard();
+        if let Some(stream) = agreed_stream(link, port, socket, &nonce, bound).await? {
+            unless_open.disarm();
+            return Ok((stream, dead));
+        }
+        waited += bound;
+        tracing::debug!(port, ?bound, "no greeting: the connection is agreed anew");
+    }
+    Err(late("greet on its SSH port", waited))
+}
+
+/// Agrees a connection and reads up to its greeting; `None` if that does not come.
 async fn agreed_stream(
     link: &AgentLink,
     port: &str,
     socket: &Path,
     nonce: &str,
-) -> Result<BufReader<UnixStream>> {
+    greeted_within: Duration,
+) -> Result<Option<BufReader<UnixStream>>> {
     // Without an agent there is nobody to agree with; a guest that boots gets a moment.
     timeout(HELLO_WAIT, link.wait_hello())
         .await
@@ -382,11 +413,10 @@ async fn agreed_stream(
         .await
         .map_err(|err| unreachable_guest("The machine's SSH port can't be opened", err))?;
     let mut stream = BufReader::new(stream);
-    let bound = Duration::from_secs(20);
-    timeout(bound, greeting(&mut stream, nonce))
-        .await
-        .unwrap_or_else(|_| Err(late("greet on its SSH port", bound)))?;
-    Ok(stream)
+    match timeout(greeted_within, greeting(&mut stream, nonce)).await {
+        Ok(greeted) => greeted.map(|()| Some(stream)),
+        Err(_) => Ok(None),
+    }
 }
 
 /// Throws away everything up to and with the line `PILEUS-SSH nonce`.

@@ -5,6 +5,7 @@ use super::*;
 use crate::guest::exec::{Control, ExecSession, ExecSpec, Output, Tty, sftp_line};
 use bytes::Bytes;
 use std::process::{Child, Command, Stdio};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixListener;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -368,6 +369,56 @@ async fn leftovers_before_the_greeting_are_thrown_away() {
         .await
         .unwrap_err();
     assert_eq!(err.code, Code::GuestUnreachable);
+}
+
+/// As after a machine stood still while its old connection broke: the first greeting was lost.
+#[tokio::test]
+async fn a_greeting_that_is_lost_is_asked_for_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (agent, ssh) = (dir.path().join("agent"), dir.path().join("ssh"));
+    let agent_port = UnixListener::bind(&agent).unwrap();
+    let ssh_port = UnixListener::bind(&ssh).unwrap();
+    let (nonces_in, mut nonces) = tokio::sync::mpsc::unbounded_channel::<String>();
+    tokio::spawn(async move {
+        let (stream, _) = agent_port.accept().await.unwrap();
+        let (from, mut to) = stream.into_split();
+        let mut lines = BufReader::new(from).lines();
+        while let Some(line) = lines.next_line().await.unwrap() {
+            let Ok(asked) = serde_json::from_str::<serde_json::Value>(&line) else {
+                continue;
+            };
+            let mut answer = String::new();
+            if asked["do"] == "hello" {
+                let hello = json!({"type": "hello", "proto": 1, "agent": "1", "boot_id": "b", "hostname": "h",
+                    "kernel": "k", "machine": "m", "python": "3", "os": "o", "pid": 1, "instance": "i"});
+                answer = format!("{hello}\n");
+            } else if asked["do"] == "ssh-open" {
+                nonces_in
+                    .send(asked["nonce"].as_str().unwrap().to_owned())
+                    .unwrap();
+            }
+            let reply = json!({"type": "reply", "id": asked["id"], "ok": true});
+            to.write_all(format!("{answer}{reply}\n").as_bytes())
+                .await
+                .unwrap();
+        }
+    });
+    let link = AgentLink::connect(&agent);
+    let agreed = tokio::spawn(async move { agreed(&link, "pileus.ssh.0", &ssh).await });
+    let first = nonces.recv().await.unwrap();
+    let (mut lost, _) = ssh_port.accept().await.unwrap();
+    let second = nonces.recv().await.unwrap();
+    assert_ne!(first, second);
+    // The first one was closed, and its late greeting does not count.
+    assert_eq!(lost.read(&mut [0; 8]).await.unwrap(), 0);
+    let (mut port, _) = ssh_port.accept().await.unwrap();
+    let greetings = format!("PILEUS-SSH {first}\nPILEUS-SSH {second}\nSSH-2.0");
+    port.write_all(greetings.as_bytes()).await.unwrap();
+    let (mut stream, dead) = agreed.await.unwrap().unwrap();
+    let mut rest = [0; 7];
+    stream.read_exact(&mut rest).await.unwrap();
+    assert_eq!(&rest, b"SSH-2.0");
+    assert!(!dead.is_cancelled());
 }
 
 #[test]
