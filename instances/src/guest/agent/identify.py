@@ -6,6 +6,8 @@
 
 NETWORK_BOUND = 20.0
 HOOK_BOUND = 60.0
+# To start what every system has; a busy host has many such guests.
+SERVICES_BOUND = 120.0
 # The rest follows when the guest has nothing else to do for a while, and at the latest after a time.
 IDLE_FOR = 0.3
 SETTLE_AFTER = 5.0
@@ -468,10 +470,10 @@ def restart_all(steps, nic):
     # First: it removes what it may ten seconds after the sessions' end.
     logind = "systemd-logind.service"
     if pids_of(logind):
-        run(["systemctl", "restart", logind])
-    run(["systemctl", "daemon-reexec"])
+        run(["systemctl", "restart", logind], SERVICES_BOUND)
+    run(["systemctl", "daemon-reexec"], SERVICES_BOUND)
     steps.mark("PID 1")
-    run(["systemctl", "restart", *filter(pids_of, (JOURNALD, NETWORKD))])
+    run(["systemctl", "restart", *filter(pids_of, (JOURNALD, NETWORKD))], SERVICES_BOUND)
     attempt(run, ["udevadm", "control", "--reload"])
     # A card that came before its files has another name.
     for card in addresses():
@@ -480,7 +482,7 @@ def restart_all(steps, nic):
     # Not in the background: when it has ended, sshd listens.
     for unit in SSHD_UNITS:
         if main_pid(unit):
-            attempt(run, ["systemctl", "restart", unit])
+            attempt(run, ["systemctl", "restart", unit], SERVICES_BOUND)
             break
     steps.mark("services")
 
