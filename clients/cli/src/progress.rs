@@ -142,6 +142,15 @@ impl Line {
         }
     }
 
+    /// Says (with `-v`) what its phases took, and for how long the guest stood still.
+    pub fn times(&self, operation: &Operation) {
+        if self.progress.logs {
+            for text in times(&self.target, operation) {
+                self.progress.say(&text);
+            }
+        }
+    }
+
     fn warn(&mut self, warning: &str) {
         if self.silent || self.warned.iter().any(|told| told == warning) {
             return;
@@ -168,6 +177,35 @@ impl Drop for Line {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }
+}
+
+fn times(target: &str, operation: &Operation) -> Vec<String> {
+    let seconds =
+        |milliseconds: u64| format!("{}.{:03}s", milliseconds / 1000, milliseconds % 1000);
+    let (halted, others): (Vec<_>, Vec<_>) = operation
+        .phases
+        .iter()
+        .partition(|time| time.phase == Phase::Halted);
+    let others: Vec<_> = others
+        .iter()
+        .map(|time| format!("{} {}", time.phase, seconds(time.milliseconds)))
+        .collect();
+    let mut lines = Vec::new();
+    if !others.is_empty() {
+        lines.push(format!("{target}: {}", others.join(", ")));
+    }
+    lines.extend(
+        halted
+            .iter()
+            .map(|time| stood_still(target, time.milliseconds)),
+    );
+    lines
+}
+
+/// How long a guest did nothing.
+pub(crate) fn stood_still(target: &str, milliseconds: u64) -> String {
+    let (seconds, rest) = (milliseconds / 1000, milliseconds % 1000);
+    format!("{target} stood still for {seconds}.{rest:03}s")
 }
 
 /// What a person reads while a phase lasts.

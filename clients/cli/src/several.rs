@@ -174,6 +174,7 @@ pub(crate) async fn operate(
                 let operation = begin(client, name.as_str()).await?;
                 let operation = client.follow(operation, |event| line.event(event)).await?;
                 line.end(&operation);
+                line.times(&operation);
                 match operation.state {
                     OperationState::Succeeded => Ok(()),
                     _ => Err(CommandError::of_operation(operation)),

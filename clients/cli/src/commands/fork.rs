@@ -6,6 +6,7 @@ use super::launch;
 use crate::complete;
 use crate::context::Context;
 use crate::error::{CommandError, Outcome};
+use crate::progress::stood_still;
 use crate::terminal::tell;
 
 /// Clone a running instance, its memory included
@@ -43,11 +44,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
     }
     let pause = operation.phases.iter().find(|p| p.phase == Phase::Halted);
     if let Some(pause) = pause.filter(|_| context.env.terminals.stderr || context.verbose > 0) {
-        let (seconds, rest) = (pause.milliseconds / 1000, pause.milliseconds % 1000);
-        tell(&format!(
-            "{} stood still for {seconds}.{rest:03}s",
-            args.source
-        ));
+        tell(&stood_still(&args.source, pause.milliseconds));
     }
     let names: String = reply.names.iter().map(|name| format!("{name}\n")).collect();
     context.print(&names)

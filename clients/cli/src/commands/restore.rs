@@ -68,6 +68,7 @@ pub(crate) async fn run(context: &Context, args: &Args) -> Outcome {
     let operation = client.restore(&instance, &name, &request).await?;
     let operation = client.follow(operation, |event| line.event(event)).await?;
     line.end(&operation);
+    line.times(&operation);
     drop(line);
     if operation.state != OperationState::Succeeded {
         return Err(CommandError::of_operation(operation));

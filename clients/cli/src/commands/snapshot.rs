@@ -64,6 +64,7 @@ pub(crate) async fn take(
         .follow(reply.operation, |event| line.event(event))
         .await?;
     line.end(&operation);
+    line.times(&operation);
     drop(line);
     if operation.state != OperationState::Succeeded {
         return Err(CommandError::of_operation(operation));
