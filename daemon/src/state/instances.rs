@@ -294,9 +294,7 @@ pub fn name_is_free(tx: &Transaction<'_>, id: Uuid, name: &InstanceName) -> Resu
             Code::InstanceExists,
             format!("instance \"{taken}\" already exists"),
         )
-        .advise(
-            "Choose another name with --name, or delete that one with `pileus delete --purge`.",
-        )),
+        .advise("Choose another name, or delete that one with `pileus delete --purge`.")),
     }
 }
 
