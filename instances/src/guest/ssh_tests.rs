@@ -404,7 +404,8 @@ async fn a_greeting_that_is_lost_is_asked_for_again() {
         }
     });
     let link = AgentLink::connect(&agent);
-    let agreed = tokio::spawn(async move { agreed(&link, "pileus.ssh.0", &ssh).await });
+    let held = link.clone();
+    let agreed = tokio::spawn(async move { agreed(&held, "pileus.ssh.0", &ssh).await });
     let first = nonces.recv().await.unwrap();
     let (mut lost, _) = ssh_port.accept().await.unwrap();
     let second = nonces.recv().await.unwrap();
@@ -419,6 +420,7 @@ async fn a_greeting_that_is_lost_is_asked_for_again() {
     stream.read_exact(&mut rest).await.unwrap();
     assert_eq!(&rest, b"SSH-2.0");
     assert!(!dead.is_cancelled());
+    drop(link);
 }
 
 #[test]
