@@ -27,6 +27,8 @@ pub struct Environment {
     pub search_path: OsString,
     /// The folder of the running program.
     pub own_folder: Option<PathBuf>,
+    /// The path by which the program was called, if it was a path and no mere name.
+    pub called_by: Option<PathBuf>,
     pub current_folder: PathBuf,
     pub terminals: Terminals,
     /// All variables, for those that a command in a guest is to get.
@@ -70,6 +72,11 @@ impl Environment {
             own_folder: env::current_exe()
                 .ok()
                 .and_then(|exe| exe.parent().map(PathBuf::from)),
+            called_by: env::args_os()
+                .next()
+                .map(PathBuf::from)
+                .filter(|word| word.components().count() > 1)
+                .and_then(|word| std::path::absolute(word).ok()),
             current_folder: env::current_dir().unwrap_or_else(|_| "/".into()),
             terminals: Terminals {
                 stdin: std::io::stdin().is_terminal(),

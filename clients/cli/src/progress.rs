@@ -188,7 +188,7 @@ fn times(target: &str, operation: &Operation) -> Vec<String> {
         .partition(|time| time.phase == Phase::Halted);
     let others: Vec<_> = others
         .iter()
-        .map(|time| format!("{} {}", time.phase, seconds(time.milliseconds)))
+        .map(|time| format!("{} {}", time.phase.as_str(), seconds(time.milliseconds)))
         .collect();
     let mut lines = Vec::new();
     if !others.is_empty() {

@@ -108,6 +108,18 @@ fn fork_prints_the_names() {
     let ran = daemon.run("fork foo -v -n 3 --name x --name y");
     assert_eq!((ran.code, ran.out.as_str()), (0, names));
     assert_eq!(ran.err, "foo stood still for 1.042s\n");
+    // Others tell what took how long, if it is asked for.
+    let times = [(Phase::Suspending, 250), (Phase::Halted, 31)];
+    daemon.script.lock().unwrap().phases = times
+        .map(|(phase, milliseconds)| PhaseTime {
+            phase,
+            milliseconds,
+        })
+        .to_vec();
+    assert_eq!(daemon.run("suspend foo"), Ran::ok(""));
+    let ran = daemon.run("suspend -v foo");
+    let text = "foo: suspending 0.250s\nfoo stood still for 0.031s\n";
+    assert_eq!((ran.code, ran.err.as_str()), (0, text));
     let script = daemon.script.lock().unwrap();
     assert_eq!(
         script.forks,

@@ -90,6 +90,11 @@ fn quoted(text: &str) -> String {
 /// This program, by the name under which it was called.
 fn program(env: &Environment) -> PathBuf {
     let name = env.personality.program();
+    // A link may lie anywhere.
+    let called = env.called_by.as_ref().filter(|path| path.ends_with(name));
+    if let Some(called) = called.filter(|path| path.is_file()) {
+        return called.clone();
+    }
     let path = std::env::split_paths(&env.search_path);
     let mut folders = env.own_folder.clone().into_iter().chain(path);
     let found = folders.find_map(|folder| {
@@ -109,6 +114,28 @@ mod tests {
             command: "ls".into(),
             instance: "foo".into(),
             working_directory: Folder::Map,
+        }
+    }
+
+    #[test]
+    fn scripts_call_the_link_by_which_they_were_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let [own, link] = ["own", "link"].map(|name| dir.path().join(name));
+        for folder in [&own, &link] {
+            std::fs::create_dir(folder).unwrap();
+            std::fs::write(folder.join("pileus"), "").unwrap();
+        }
+        let mut env = Environment {
+            own_folder: Some(own.clone()),
+            ..Default::default()
+        };
+        assert_eq!(program(&env), own.join("pileus"));
+        env.called_by = Some(link.join("pileus"));
+        assert_eq!(program(&env), link.join("pileus"));
+        // By another name, or what is gone.
+        for other in [link.join("other"), dir.path().join("none/pileus")] {
+            env.called_by = Some(other);
+            assert_eq!(program(&env), own.join("pileus"));
         }
     }
 
