@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches, Parser};
 use pileus_base::Layout;
 use pileus_base::layout::UserFolders;
 use pileus_images::hosts::simplestreams::UBUNTU;
@@ -91,7 +91,26 @@ pub enum Command {
     Openapi,
 }
 
+/// The release of Multipass that a daemon called `multipassd` (a link) stands for; the client's
+/// `personality.rs` says the same.
+const MULTIPASS: &str = "1.16.3";
+
+fn is_multipassd() -> bool {
+    let program = std::env::args_os().next().map(PathBuf::from);
+    program.is_some_and(|program| program.ends_with("multipassd"))
+}
+
 impl Args {
+    /// The command line of this process. Ends it after `--help`, `--version` or an error.
+    pub fn of_process() -> Self {
+        let mut grammar = Self::command();
+        if is_multipassd() {
+            grammar = grammar.name("multipassd").version(MULTIPASS);
+        }
+        let matches = grammar.get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|err| err.exit())
+    }
+
     /// What holds as long as no setting says otherwise.
     pub fn settings(&self) -> Settings {
         Settings {
@@ -104,14 +123,12 @@ impl Args {
     /// comes before our own, but not before the option.
     fn storage(&self) -> Option<PathBuf> {
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-        let program = std::env::args_os().next().map(PathBuf::from);
-        let named = program.is_some_and(|program| program.ends_with("multipassd"));
         let by_option = self
             .storage
             .as_ref()
             .filter(|storage| Some(storage.as_os_str()) != variable("PILEUS_STORAGE").as_deref());
         match (by_option, variable("MULTIPASS_STORAGE")) {
-            (None, Some(storage)) if named => Some(storage.into()),
+            (None, Some(storage)) if is_multipassd() => Some(storage.into()),
             _ => self.storage.clone(),
         }
     }

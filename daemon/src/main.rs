@@ -4,14 +4,13 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::Parser;
 use pileus_base::{Result, files};
 use pileusd::config::{Args, Command};
 use pileusd::service::Mode;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = Args::of_process();
     if let Some(Command::Openapi) = args.command {
         print!("{}", pileusd::http::openapi());
         return ExitCode::SUCCESS;
