@@ -21,7 +21,7 @@ fn header(extended_l2: bool) -> Header {
 }
 
 fn walk(file: &[u8], extended_l2: bool) -> Result<u64> {
-    tables(&header(extended_l2), file.len() as u64, |to, at| {
+    data(&header(extended_l2), file.len() as u64, |to, at| {
         to.copy_from_slice(&file[at as usize..][..to.len()]);
         Ok(())
     })
@@ -97,8 +97,8 @@ proptest! {
         let entries: Vec<_> = entries.into_iter().map(|(at, entry)| (CLUSTER + at * 8, entry)).collect();
         let mut file = file(&entries);
         file.truncate(len);
-        if let Ok(data) = walk(&file, extended) {
-            prop_assert!(data <= header(extended).virtual_size);
+        if let Ok(bytes) = walk(&file, extended) {
+            prop_assert!(bytes <= header(extended).virtual_size);
         }
     }
 }
