@@ -34,17 +34,27 @@ impl Store {
         checksum: Option<&Digest>,
         report: &Reporter,
     ) -> Result<Arc<Image>> {
+        let image = self.find_or_bring(reference, checksum, report).await?;
+        self.glance(&image, report).await?;
+        image.touch();
+        Ok(image)
+    }
+
+    async fn find_or_bring(
+        self: &Arc<Self>,
+        reference: &ImageRef,
+        checksum: Option<&Digest>,
+        report: &Reporter,
+    ) -> Result<Arc<Image>> {
         report.phase(Phase::ResolvingImage);
         if let Some(image) = self.tagged(reference)? {
             agree(checksum, image.digest())?;
-            image.touch();
             return Ok(image);
         }
         let item = match reference {
             ImageRef::Digest(hex) => match self.find(hex) {
                 Ok(image) => {
                     agree(checksum, image.digest())?;
-                    image.touch();
                     return Ok(image);
                 }
                 Err(err) if err.code == Code::ImageNotFound => {
@@ -59,20 +69,16 @@ impl Store {
         }
         let expected = checksum.or(item.expected.as_ref()).cloned();
         if let Some(image) = expected.as_ref().and_then(|digest| self.get(digest)) {
-            image.touch();
             return Ok(image);
         }
         let wanted = expected.as_ref().map_or("", |digest| digest.hex());
         let key = format!("{}#{wanted}", item.key);
         let store = self.clone();
-        let image = self
-            .flights
+        self.flights
             .join(&key, report, |report| async move {
                 store.bring(&item, expected.as_ref(), &report).await
             })
-            .await?;
-        image.touch();
-        Ok(image)
+            .await
     }
 
     /// Gets or makes an item, unless what it gave the last time is still current.

@@ -138,11 +138,11 @@ impl Store {
         Ok(removed)
     }
 
-    /// Collects if an image was let go since the last time, or some may have become too old: to be called now and
-    /// then, and after instances went. Blocks, usually for microseconds.
+    /// Collects if an image was let go since the last time, some may have become too old, or the disk is short: to be
+    /// called now and then, and after instances went. Blocks, usually for microseconds.
     pub fn tidy(&self) -> Result<Vec<Removed>> {
         let released = self.released.swap(false, Ordering::Relaxed);
-        if !released && self.budget().max_age.is_none() {
+        if !released && self.budget().max_age.is_none() && !self.lacks_space(0)? {
             return Ok(Vec::new());
         }
         self.collect(&HashSet::new(), 0)

@@ -82,3 +82,29 @@ async fn what_is_missing_or_in_its_place_is_told() {
     let err = other.verify(&digest, &report).unwrap_err();
     assert_ne!(err.code, Code::ImageNotFound, "{err}");
 }
+
+#[tokio::test]
+async fn what_was_changed_is_not_launched_and_what_was_put_back_is() {
+    let fixture = Fixture::new();
+    let report = Reporter::silent();
+    let reference = fixture.file("disk.raw", &disk());
+    let store = &fixture.store;
+    let image = store.obtain(&reference, None, &report).await.unwrap();
+    let folder = store.root().join(image.digest().hex());
+    drop(image);
+    // As a backup would have it: another file with the same times.
+    let copy = fixture.path("copy");
+    let status = std::process::Command::new("cp")
+        .arg("-a")
+        .args([&folder, &copy])
+        .status();
+    assert!(status.unwrap().success());
+    std::fs::remove_dir_all(&folder).unwrap();
+    std::fs::rename(&copy, &folder).unwrap();
+    let image = store.obtain(&reference, None, &report).await.unwrap();
+    image.check_unchanged().unwrap();
+    write(&image.disk(), 9000, b"?");
+    let err = store.obtain(&reference, None, &report).await.unwrap_err();
+    assert_eq!(err.code, Code::BadImage);
+    assert!(err.advice.unwrap().contains("Remove it"));
+}
