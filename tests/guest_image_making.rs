@@ -48,7 +48,7 @@ from: build:debian-13
 user-data: |
   #cloud-config
   write_files: [{path: /etc/from-user-data, content: it ran}]
-timeout: 5m
+timeout: 15m
 title: Tests' own
 version: '7'
 steps:
@@ -99,11 +99,11 @@ machine: {memory: 768, cores: 1}
         // Both boot by firmware; side by side they take no longer.
         scope.spawn(|| {
             there
-                .run(&["launch", "own", "--name", "web"])
+                .run(&["launch", "own", "--name", "web", "--timeout", "900"])
                 .ok_with_words()
         });
         scope.spawn(|| {
-            here.run(&["launch", "own", "--name", "web"])
+            here.run(&["launch", "own", "--name", "web", "--timeout", "900"])
                 .ok_with_words()
         });
     });
@@ -157,7 +157,7 @@ fn packed_again(here: &Daemon, there: &Daemon, before: &str) {
     here.run(&["stop", "web"]).ok();
     here.run(&["snapshot", "web", "-n", "before"]).ok();
     let file = here.folder().join("packed.tar.zst").display().to_string();
-    let packed = here.run(&["image", "pack", "web.before", &file]);
+    let packed = here.run(&["image", "pack", "web.before", &file, "--timeout", "900"]);
     packed.ok_with_words();
     let all = here.run(&["list", "--format", "json"]).json();
     assert_eq!(all["list"].as_array().unwrap().len(), 1);
@@ -165,7 +165,7 @@ fn packed_again(here: &Daemon, there: &Daemon, before: &str) {
     let copy = there.folder().join("packed.tar.zst").display().to_string();
     fs::copy(&file, &copy).unwrap();
     there
-        .run(&["launch", &copy, "--name", "again"])
+        .run(&["launch", &copy, "--name", "again", "--timeout", "900"])
         .ok_with_words();
     assert_eq!(there.script("again", "cat /srv/kept"), "kept\n");
     let now = there.script("again", IDENTITY);
@@ -185,7 +185,7 @@ fn guest_steps_that_fail() {
         return;
     }
     let here = Daemon::start(Options::real());
-    let text = "from: build:debian-13\nsteps:\n  - {name: bad, run: 'echo said before; exit 7'}\n  - run: touch /never\n";
+    let text = "from: build:debian-13\ntimeout: 15m\nsteps:\n  - {name: bad, run: 'echo said before; exit 7'}\n  - run: touch /never\n";
     let recipe = write(here.folder(), "recipe.yaml", text);
     let out = here.folder().join("x.tar.zst").display().to_string();
     let failed = here.run(&["image", "build", &recipe, &out, "--keep-on-error"]);
@@ -277,7 +277,7 @@ poweroff -f
     )
     .unwrap();
     let text = "from: {kernel: vmlinuz, initrd: initrd, cmdline: console=ttyS0 rdinit=/install}\n\
-                disk: 16M\nmemory: 512M\ntimeout: 2m\n";
+                disk: 16M\nmemory: 512M\ntimeout: 10m\n";
     let recipe = write(here.folder(), "recipe.yaml", text);
     let out = here.folder().join("x.tar.zst").display().to_string();
     here.run(&["image", "build", &recipe, &out]).ok_with_words();

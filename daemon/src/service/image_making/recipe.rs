@@ -9,6 +9,7 @@ use pileus_base::{Code, Error, Result, Size};
 use pileus_images::packed::Machine;
 use pileus_images::packed::manifest::Member;
 use pileus_instances::guest::cloud_init;
+use pileus_instances::machine::BOOT_TIMEOUT;
 
 /// Of a step that says nothing.
 const STEP_TIMEOUT: Duration = Duration::from_secs(3600);
@@ -135,6 +136,10 @@ pub(super) fn check(request: BuildRequest, name: InstanceName) -> Result<Order> 
             disk: recipe.disk,
             user_data: user_data.map(Blob),
             lease: Some(super::LEASE),
+            // Of the boot too, if it is longer than what a boot has anyway.
+            timeout: timeout
+                .filter(|timeout| *timeout > BOOT_TIMEOUT)
+                .map(|timeout| timeout.as_secs()),
             // A template's guest has more behind it than an image's.
             warm: Some(Warm::Never),
             ..LaunchRequest::default()
