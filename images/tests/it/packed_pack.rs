@@ -8,8 +8,10 @@ use std::path::Path;
 use std::process::Command;
 
 use pileus_base::{Code, Reporter, Update};
+use pileus_images::Limits;
 use pileus_images::packed::manifest::{Member, Provenance};
 use pileus_images::packed::pack::{PackSource, Packed, pack, pack_to_file};
+use pileus_images::packed::unpack::{Budgets, Layer, unpack};
 use pileus_images::packed::{DISK, LAYER, MACHINE, MANIFEST, Machine, Manifest};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -237,6 +239,45 @@ fn its_members_and_what_the_manifest_says_of_them() {
         said.digest.to_string(),
         by_the_pages_program(&out.join(DISK))
     );
+}
+
+#[test]
+fn our_own_reader_takes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = large_disk(&dir);
+    let mut archive = Vec::new();
+    let told = packed(&disk, &mut archive, 2).unwrap();
+    let out = dir.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    let limits = Limits {
+        reserve: 0,
+        ..Limits::default()
+    };
+    let budgets = Budgets::of(&limits);
+    let got = unpack(archive.as_slice(), &out, &budgets, &Reporter::silent()).unwrap();
+    assert_eq!((&got.archive, got.archive_bytes), (&told.digest, told.size));
+    let members = &told.manifest.members;
+    assert_eq!(
+        (&got.disk, got.data),
+        (&members.disk.digest, members.disk.data)
+    );
+    assert_eq!(got.layer, Layer::Empty);
+    let source = dir.path().join("source.raw");
+    let whole = out.join(DISK);
+    qemu_img(&[
+        "compare",
+        "-q",
+        "-f",
+        "raw",
+        "-F",
+        "raw",
+        text(&source),
+        text(&whole),
+    ]);
+    // Packed again, it is the same archive.
+    let mut again = Vec::new();
+    packed(&File::open(&whole).unwrap(), &mut again, 1).unwrap();
+    assert!(again == archive);
 }
 
 /// The disk's digest by the program that docs/packed-images.md shows.
