@@ -15,6 +15,7 @@
 //! fake.rs       the daemon alone, with stand-in machines: list, memory, bytes written, start
 //! fake_life.rs  the same: starts, snapshots and clones a second
 //! pack.rs       a disk packed into an image, against tar and zstd
+//! import.rs     an archive taken in by the store, against the same
 //! measure.rs    times and their medians; processes; the API in ten lines
 //! table.rs      the table
 //! ```
@@ -26,6 +27,7 @@ mod fake;
 mod fake_life;
 mod guest;
 mod image_instances;
+mod import;
 mod info;
 mod life;
 mod measure;
@@ -134,19 +136,22 @@ enum Bench {
     Idle,
     /// Packing a disk, against tar and zstd
     Pack,
+    /// Taking in a packed image, against zstd, tar and sha256sum
+    Import,
     /// Instances of a cached image, by the store alone
     Instance,
 }
 
 impl Bench {
     /// Quick ones first: a mistake shows early.
-    const ALL: [Bench; 19] = [
+    const ALL: [Bench; 20] = [
         Bench::Start,
         Bench::Bytes,
         Bench::List,
         Bench::Memory,
         Bench::Operations,
         Bench::Pack,
+        Bench::Import,
         Bench::Instance,
         Bench::Cold,
         Bench::Exec,
@@ -240,6 +245,7 @@ fn run(bench: Bench, args: &Args, worlds: &mut Worlds, table: &mut Table) -> Res
         Bench::Info => info::info(warm, extent, table),
         Bench::Life => life::suspend(warm, extent, table),
         Bench::Pack => pack::pack(args.rounds, args.quick, table),
+        Bench::Import => import::import(args.rounds, args.quick, table),
         Bench::Instance => image_instances::instances(args.runs, args.quick, table),
         Bench::Idle => crowd::memory(warm, extent, table),
     }
