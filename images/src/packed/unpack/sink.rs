@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
 use pileus_base::{Code, Error, Reporter, Result, Size};
+use rustix::fs::Advice;
 
 use super::folder::Folder;
 use crate::packed::digest::{self, CHUNK, ChunkHash, DiskDigest};
@@ -18,6 +19,8 @@ use crate::sparse::is_zero;
 const BLOCK: usize = 4096;
 /// How much is written before free space is looked at again.
 const LOOK: u64 = 64 << 20;
+/// How much is written before the disk may begin with it: whoever syncs the file in the end waits for little then.
+const PUSH: u64 = 16 << 20;
 /// Chunks that wait to be hashed.
 const QUEUE: usize = 4;
 
@@ -51,6 +54,7 @@ pub fn write(sink: Sink<'_>, feed: impl FnOnce(Each<'_>) -> Result<()>) -> Resul
             filled: 0,
             data: 0,
             looked: 0,
+            pushed: (0, 0),
             to_hash,
             used,
         };
@@ -113,6 +117,8 @@ struct Writing<'a> {
     data: u64,
     /// `data` when free space was looked at.
     looked: u64,
+    /// `data` when the disk was told to begin, and up to where in the file.
+    pushed: (u64, u64),
     to_hash: SyncSender<(u64, Vec<u8>)>,
     used: Receiver<Vec<u8>>,
 }
@@ -188,6 +194,16 @@ impl Writing<'_> {
             .write_all_at(bytes, at)
             .map_err(|err| self.sink.failed(err))?;
         self.data = data;
+        if data - self.pushed.0 > PUSH {
+            self.push(at + bytes.len() as u64);
+        }
         Ok(())
+    }
+
+    /// Begins to write back what is new. Advice: a system that doesn't heed it does so later.
+    fn push(&mut self, end: u64) {
+        let from = std::mem::replace(&mut self.pushed, (self.data, end)).1;
+        let len = std::num::NonZeroU64::new(end - from);
+        let _ = rustix::fs::fadvise(self.sink.file, from, len, Advice::DontNeed);
     }
 }
