@@ -152,4 +152,13 @@ mod tests {
         }
         assert_eq!(Rule::of(&Error::internal("x")), None);
     }
+
+    #[test]
+    fn the_page_lists_each_rule_as_it_is() {
+        let page = include_str!("../../../docs/image-security.md");
+        for rule in Rule::ALL {
+            let line = format!("| `{}` | {rule}", rule.as_str());
+            assert!(page.contains(&line), "{line}");
+        }
+    }
 }
