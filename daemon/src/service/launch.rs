@@ -229,9 +229,7 @@ impl Service {
         report.phase(Phase::ResolvingImage);
         let checksum = order.request.checksum.as_ref();
         let image = self
-            .parts
-            .store
-            .obtain(&order.wanted.image, checksum, report)
+            .obtain_image(&order.wanted.image, checksum, report)
             .await?;
         report.check()?;
         let disk = match order.disk {

@@ -3,13 +3,14 @@
 //! Next step: `images/src/bring.rs` and `images/src/import.rs`.
 
 use std::fs::File;
+use std::sync::Arc;
 
 use pileus_api::{
     ErrorBody, ImageImportQuery, Inspection, Operation, OperationKind, PullRequest, Refusal,
 };
-use pileus_base::{Code, Error, Reporter, Result, ResultExt};
+use pileus_base::{Code, Digest, Error, Reporter, Result, ResultExt};
 use pileus_images::packed::Rule;
-use pileus_images::{About, Arrival, ImageRef, Inspected};
+use pileus_images::{About, Arrival, Image, ImageRef, Inspected};
 use tokio::io::AsyncRead;
 use tokio::sync::oneshot;
 use tokio_util::io::StreamReader;
@@ -55,6 +56,22 @@ impl Service {
                 Ok(())
             })
             .await
+    }
+
+    /// Obtains an image from the store; if that did not have it, those who watch are told.
+    pub(in crate::service) async fn obtain_image(
+        &self,
+        reference: &ImageRef,
+        checksum: Option<&Digest>,
+        report: &Reporter,
+    ) -> Result<Arc<Image>> {
+        let since = (self.parts.clock)();
+        let store = &self.parts.store;
+        let image = store.obtain(reference, checksum, report).await?;
+        if image.info().created >= since {
+            self.images_changed();
+        }
+        Ok(image)
     }
 
     /// Begins to take in what a client sends. The operation's result is the image's digest.

@@ -57,8 +57,7 @@ impl Service {
             .operations
             .begin(OperationKind::CreateTemplate, target, |report| async move {
                 report.phase(Phase::ResolvingImage);
-                let store = &service.parts.store;
-                let image = store.obtain(&wanted.image, None, &report).await?;
+                let image = service.obtain_image(&wanted.image, None, &report).await?;
                 let machine = decide(&wanted, image.info().machine.as_ref(), None)?;
                 if let Some(why) = machine.obstacle() {
                     return Err(Error::new(
