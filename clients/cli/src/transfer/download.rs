@@ -1,5 +1,6 @@
 //! Guest to host. The guest is not trusted: a name from it is one name in a folder that is open here, never
-//! a path; no link is written through; set-user bits are dropped; lists are bounded. Links are made as they
+//! a path; no link is written through; set-user bits are dropped; lists are bounded; the host's disk is not
+//! filled up, whatever size a file is said to have. Links are made as they
 //! are, wherever they lead to: nothing here follows them.
 
 use std::ffi::{OsStr, OsString};
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
+use pileus_base::Size;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
@@ -30,6 +32,9 @@ const MAX_DEPTH: usize = 128;
 const MAX_ENTRIES: usize = 1_000_000;
 /// Bytes of paths that are kept for the end of one source.
 const MAX_PATHS: usize = 64 << 20;
+/// What stays free of the host's file system, or a fiftieth of a small one; looked at as often.
+const RESERVE: u64 = 64 << 20;
+const LOOK_EVERY: u64 = 16 << 20;
 /// Longest name that Linux has.
 const MAX_NAME: usize = 255;
 
@@ -299,8 +304,11 @@ impl Download {
         let written = async {
             let file = rustix::fs::openat(&**to, &partial, how, Mode::RUSR | Mode::WUSR);
             let file = File::from(file.map_err(failed)?);
+            has_room(to, found.size.unwrap_or(0)).map_err(|why| cannot_write(name, &why))?;
             let mut file = tokio::fs::File::from_std(file);
-            self.pull(path, &handle, found.size, &mut file).await?;
+            let room = Some((&**to, name));
+            self.pull(path, &handle, found.size, &mut file, room)
+                .await?;
             let file = file.into_std().await;
             let mode = Mode::from_raw_mode(permissions(found));
             rustix::fs::fchmod(&file, mode).map_err(failed)?;
@@ -343,19 +351,22 @@ impl Download {
         }
         let opened = self.sftp.open(source, flags::READ, None).await;
         let handle = opened.map_err(failed)?;
-        let result = self.pull(source, &handle, found.size, &mut to).await;
+        let result = self.pull(source, &handle, found.size, &mut to, None).await;
         let _ = self.sftp.close(&handle).await;
         result
     }
 
-    /// Takes all of a file, many pieces at once, and writes them in order.
+    /// Takes all of a file, many pieces at once, and writes them in order, as long as the disk with the
+    /// folder `room` has some for that name.
     async fn pull(
         &self,
         path: &[u8],
         handle: &Handle,
         size: Option<u64>,
         to: &mut (impl AsyncWrite + Unpin),
+        room: Option<(&OwnedFd, &OsStr)>,
     ) -> Result<(), String> {
+        let mut written = 0;
         // One piece more than the size tells, which finds the end; beyond it only as bytes come, since
         // the size of some files (in /proc) is not told.
         let mut ahead = size.unwrap_or(0);
@@ -382,6 +393,13 @@ impl Download {
                 .await
                 .map_err(|err| self.unwritten(&err))?;
             self.report.moved(piece.len());
+            written += piece.len() as u64;
+            if written >= LOOK_EVERY
+                && let Some((folder, name)) = room
+            {
+                written = 0;
+                has_room(folder, 0).map_err(|why| cannot_write(name, &why))?;
+            }
             if piece.len() < CHUNK {
                 break;
             }
@@ -425,6 +443,27 @@ fn set_mode(folder: &OwnedFd, mode: u32) -> Result<(), String> {
 }
 
 /// Whether bytes are one name in a folder.
+/// Refuses to fill the file system of a folder up. One that does not tell how large it is has room.
+fn has_room(folder: &OwnedFd, bytes: u64) -> Result<(), String> {
+    let Ok(found) = rustix::fs::fstatvfs(folder) else {
+        return Ok(());
+    };
+    let of = |blocks: u64| blocks.saturating_mul(found.f_frsize);
+    room(of(found.f_blocks), of(found.f_bavail), bytes)
+}
+
+fn room(total: u64, free: u64, bytes: u64) -> Result<(), String> {
+    let reserve = RESERVE.min(total / 50);
+    if total == 0 || bytes.saturating_add(reserve) <= free {
+        return Ok(());
+    }
+    Err(format!(
+        "the disk has no room for it: {} are free, of which {} stay so",
+        Size(free),
+        Size(reserve)
+    ))
+}
+
 fn is_name(name: &[u8]) -> bool {
     let dots = matches!(name, b"" | b"." | b"..");
     !dots && name.len() <= MAX_NAME && !name.contains(&b'/') && !name.contains(&0)
@@ -516,5 +555,26 @@ pub(super) fn target(path: &Path, several: bool, options: Options) -> Result<Tar
             let text = os_text(&err.into());
             Err(format!("cannot write to local file {path:?}: {text}"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_disk_is_not_filled_up() {
+        const GIB: u64 = 1 << 30;
+        let large = 100 * GIB;
+        assert!(room(large, GIB, GIB - RESERVE).is_ok());
+        assert!(room(large, GIB, GIB - RESERVE + 1).is_err());
+        assert!(room(large, RESERVE, 0).is_ok());
+        assert!(room(large, RESERVE - 1, 0).is_err());
+        // A size that nothing has, as a guest may claim.
+        assert!(room(large, GIB, u64::MAX).is_err());
+        // A small one may be filled to 98 %; one that tells nothing is taken as it is.
+        assert!(room(200 << 20, 4 << 20, 0).is_ok());
+        assert!(room(200 << 20, 3 << 20, 0).is_err());
+        assert!(room(0, 0, GIB).is_ok());
     }
 }
