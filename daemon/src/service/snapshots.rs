@@ -269,6 +269,20 @@ impl Service {
         let machine = instance.machine()?.clone();
         let ran = row.process.is_some();
         let saved = to.saved.clone().filter(|_| !disk_only);
+        if let Some(saved) = &saved
+            && !row
+                .spec
+                .extra_nics
+                .iter()
+                .map(|nic| nic.mac)
+                .eq(saved.extra_nics.iter().copied())
+        {
+            // Its networks are no part of a snapshot; the machine's cards are.
+            report.warn(format!(
+                "'{}' has other networks than when it was saved: it has the cards of then until it is stopped and started",
+                row.name
+            ));
+        }
         // What it is now is given up, its memory too.
         machine
             .stop(true, SHUTDOWN_TIMEOUT, Reporter::silent())
