@@ -188,24 +188,6 @@ impl Store {
         .await
     }
 
-    /// Does `work`; if the disk is full, takes images away and does it once more.
-    pub async fn with_relief<T>(
-        self: &Arc<Self>,
-        need: u64,
-        work: impl AsyncFn() -> Result<T>,
-    ) -> Result<T> {
-        match work().await {
-            Err(err) if err.code == Code::NoSpace => {
-                tracing::info!(%err, "the disk is full");
-                match self.relieve(need).await {
-                    Ok(true) => work().await,
-                    _ => Err(err),
-                }
-            }
-            done => done,
-        }
-    }
-
     /// Whether the budget could be broken: without a look at each image.
     fn is_short(&self, need: u64) -> Result<bool> {
         let budget = self.budget();

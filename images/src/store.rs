@@ -158,7 +158,7 @@ pub struct Store {
     pub(crate) client: reqwest::Client,
     pub(crate) sources: Sources,
     pub(crate) flights: Arc<Flights<Arc<Image>>>,
-    /// Images that someone may hold. Taken while an image is loaded or taken away.
+    /// Images that someone here may hold, so that they share one.
     held: Mutex<HashMap<Digest, Weak<Image>>>,
     /// What images may take now; at first as configured.
     budget: RwLock<Budget>,
@@ -284,17 +284,22 @@ impl Store {
 
     /// As [`get`](Self::get), telling a damaged image from none.
     pub(crate) fn load(&self, digest: &Digest) -> Result<Option<Arc<Image>>> {
-        let mut held = self.held();
-        if let Some(image) = held.get(digest).and_then(Weak::upgrade)
-            && image.is_in_place()
-        {
+        let known = self.held().get(digest).and_then(Weak::upgrade);
+        if let Some(image) = known.filter(|image| image.is_in_place()) {
             return Ok(Some(image));
         }
+        // With no lock on the others: it may take a while to get hold of this one.
         let folder = self.folder(digest);
         let Some(hold) = Hold::shared(&folder)? else {
             return Ok(None);
         };
         let image = Arc::new(Image::load(&folder, digest, hold, &self.released)?);
+        let mut held = self.held();
+        // Another thread may have been faster.
+        let known = held.get(digest).and_then(Weak::upgrade);
+        if let Some(known) = known.filter(|known| known.is_in_place()) {
+            return Ok(Some(known));
+        }
         held.retain(|_, weak| weak.strong_count() > 0);
         held.insert(digest.clone(), Arc::downgrade(&image));
         Ok(Some(image))

@@ -314,8 +314,8 @@ impl Disposable for Cached {
         match self.store.remove(&self.digest) {
             Ok(_) => Ok(true),
             Err(err) if err.code == Code::ImageNotFound => Ok(true),
-            // Held by someone, or tagged.
-            Err(err) if err.code == Code::ImageInUse => Ok(false),
+            // Held by someone, or tagged; or this store is another program's to empty.
+            Err(err) if matches!(err.code, Code::ImageInUse | Code::PermissionDenied) => Ok(false),
             Err(err) => Err(err),
         }
     }
