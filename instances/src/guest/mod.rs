@@ -35,3 +35,6 @@ pub mod wire;
 
 /// The user that commands run as, in every guest.
 pub const LOGIN_USER: &str = "ubuntu";
+
+/// Makes a guest forget who it is, gives back what it doesn't use and powers it off: a script for root's `sh`.
+pub const CLEAN_UP: &str = include_str!("clean.sh");

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use pileus_base::{Code, Error, Phase, Reporter, Result};
+use pileus_instances::guest::CLEAN_UP;
 use pileus_instances::guest::exec::{Control, ExecSession, ExecSpec, Output};
 use pileus_instances::guest::wire::clean;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -14,8 +15,6 @@ use super::recipe::{What, Work};
 use super::throwaway::Throwaway;
 use super::upload::Copies;
 
-/// Makes a guest forget who it is.
-const CLEAN: &str = include_str!("../../../../instances/src/guest/clean.sh");
 /// Stopping services and trimming a large disk may take a while in an emulated machine.
 const CLEAN_BOUND: Duration = Duration::from_secs(900);
 const OFF_BOUND: Duration = Duration::from_secs(120);
@@ -85,7 +84,7 @@ impl Throwaway {
     /// Makes the guest forget who it is, and waits until it is off.
     pub(super) async fn clean_up(&self, report: &Reporter) -> Result<()> {
         report.phase(Phase::Cleaning);
-        let script = Box::new(std::io::Cursor::new(CLEAN));
+        let script = Box::new(std::io::Cursor::new(CLEAN_UP));
         let command = ["sudo", "-n", "sh", "-s"].map(str::to_owned).into();
         let ended = self.run(command, script, CLEAN_BOUND, report).await?;
         if ended.code != Some(0) {
