@@ -110,7 +110,7 @@ async fn what_is_packed_is_loaded_again() {
     );
     assert_eq!(again.provenance.source.as_deref(), Some("a test"));
     assert_eq!(again.provenance.source_digest, Some(packed.digest.clone()));
-    let file = File::open(&again.disk_file().unwrap()).unwrap();
+    let file = File::open(again.disk_file().unwrap()).unwrap();
     let found = digest::of_file(&file, 2, &mut |_| Ok(())).unwrap();
     assert_eq!(found, packed.manifest.members.disk.digest);
     // The layer is none of its business any more.
