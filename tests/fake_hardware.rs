@@ -205,6 +205,67 @@ fn fake_hardware_of_its_own_boots() {
     assert_eq!(daemon.origin("foo"), "warm");
 }
 
+#[test]
+fn fake_hardware_of_guests_that_say_nothing() {
+    if !need(&[Need::Root, Need::Tun]) {
+        return;
+    }
+    let world = World::with("fast never-boots");
+    let image = format!("file://{}", world.fake_image().display());
+    let old = write(&world, &json!({"version": 1, "chipset": "pc-i440fx-2.8"}));
+    let args = [
+        "launch",
+        &image,
+        "--timeout",
+        "2",
+        "--machine",
+        &old,
+        "--name",
+    ];
+    let launched = world.run(&[&args[..], &["foo"]].concat());
+    assert_eq!(launched.ok_with_words(), "Launched: foo\n");
+    let words = &launched.stderr;
+    assert!(words.contains("gave no sign of life"), "{words}");
+    assert_eq!(world.state("foo"), "running");
+    assert!(world.machine("foo").is_some());
+    // Nobody has to wait.
+    let launched = world.run(&[&args[..], &["bar", "--no-wait"]].concat());
+    assert_eq!(launched.ok(), "Launching: bar\n");
+    world.wait_state("bar", "running");
+    world.force_stop("foo").unwrap();
+    assert_eq!(world.state("foo"), "stopped");
+    // One with the usual machine is expected to speak.
+    let usual = world.run(&["launch", &image, "--timeout", "2", "--name", "baz"]);
+    usual.fails_with(5);
+    assert_eq!(world.state("baz"), "unknown");
+}
+
+#[test]
+fn fake_hardware_goes_with_an_archive() {
+    if !need(&[Need::Root, Need::Tun]) {
+        return;
+    }
+    let world = World::new();
+    let image = format!("file://{}", world.fake_image().display());
+    let mut machine = unusual();
+    machine["memory"] = json!(64);
+    let file = write(&world, &machine);
+    let args = ["launch", &image, "--machine", &file, "--name", "foo"];
+    world.run(&args).ok_with_words();
+    world.must("foo", "stop");
+    let archive = world.folder().join("foo.tar.zst").display().to_string();
+    world.run(&["export", "foo", &archive]).ok_with_words();
+    world
+        .run(&["import", &archive, "--name", "copy"])
+        .ok_with_words();
+    world.must("copy", "start");
+    let copy = line(&world, "copy");
+    has_all(&copy, PARTS);
+    assert!(!copy.contains("-smbios"), "{copy}");
+    assert_eq!(instance(&world, "copy")["memory"], 64 << 20);
+    world.all_is_well();
+}
+
 /// A packed image with this machine, made by the tools of those who made such images first.
 fn pack(daemon: &Daemon, machine: &Value) -> Option<PathBuf> {
     if !need(&[

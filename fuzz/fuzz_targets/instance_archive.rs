@@ -10,6 +10,9 @@ mod extents;
 #[path = "../../daemon/src/service/archive_manifest.rs"]
 #[allow(dead_code)]
 mod manifest;
+#[path = "../../instances/src/qemu/hardware.rs"]
+#[allow(dead_code)]
+mod hardware;
 #[path = "../../images/src/archive/member.rs"]
 #[allow(dead_code)]
 mod member;
@@ -19,12 +22,19 @@ mod parts;
 #[path = "../../images/src/archive/read.rs"]
 #[allow(dead_code)]
 mod read;
+#[path = "../../instances/src/qemu/spec.rs"]
+#[allow(dead_code)]
+mod spec;
 #[path = "../../images/src/sparse.rs"]
 #[allow(dead_code)]
 mod sparse;
 
 // The manifest's file names its errors by their place in the image store.
 extern crate self as pileus_images;
+extern crate self as pileus_instances;
+pub mod qemu {
+    pub use crate::hardware::Hardware;
+}
 pub mod archive {
     pub mod read {
         pub use crate::read::bad;

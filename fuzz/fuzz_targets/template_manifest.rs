@@ -2,6 +2,9 @@
 //! template by sixteen digits.
 #![no_main]
 
+#[path = "../../instances/src/qemu/hardware.rs"]
+#[allow(dead_code)]
+mod hardware;
 #[path = "../../instances/src/qemu/spec.rs"]
 #[allow(dead_code)]
 mod spec;

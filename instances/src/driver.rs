@@ -19,7 +19,7 @@ pub use crate::guest::handle::Guest;
 use crate::guest::keys::InstanceKeys;
 use crate::guest::watch;
 use crate::machine::{Driver, Freeze, Frozen, GuestEvent, Saved, SavedFile, Shape, Vm, VmEvent};
-use crate::qemu::hardware::{Hardware, Socket};
+use crate::qemu::hardware::{self, Hardware, Socket};
 use crate::qemu::{
     self, Accelerator, Boot, Confinement, Disk, Growth, Mac, MachineSpec, Memory, Nic, Paths, Port,
     Qemu, Stream, grow::Grown, log,
@@ -354,6 +354,13 @@ impl Driver for QemuDriver {
 
     fn name(&self) -> InstanceName {
         self.setup().name
+    }
+
+    /// An image that chose its hardware may be of an age, or a kind, that has no cloud-init.
+    fn may_be_silent(&self) -> bool {
+        let setup = self.setup();
+        let old = setup.machine_type.as_deref().is_some_and(hardware::is_old);
+        old || !setup.hardware.is_usual()
     }
 
     async fn start_empty(&self, saved: &Saved) -> Result<RunningVm> {

@@ -247,6 +247,7 @@ impl Plan {
             disk: spec.disk,
             layer: self.place(&spec.layers)?,
             machine_type: spec.machine_type.clone(),
+            hardware: spec.hardware.clone(),
             firmware_boot: spec.firmware_boot,
             timezone: spec.timezone.clone(),
             autostart: spec.autostart,

@@ -22,6 +22,7 @@ use pileus_images::archive::read::bad;
 use pileus_images::archive::{Content, DIGESTS, Incoming, Input, Member, Reader, layer};
 use pileus_images::{Image, ImageInfo, Store};
 use pileus_instances::guest::cloud_init;
+use pileus_instances::qemu::Hardware;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
@@ -150,6 +151,11 @@ fn spec_of(manifest: &Manifest, host: &str) -> Spec {
     let machine_type = manifest::machine_type(of.machine_type.as_deref(), host);
     Spec {
         machine_type: Some(machine_type),
+        // No two machines have one id.
+        hardware: Hardware {
+            uuid: None,
+            ..of.hardware.clone()
+        },
         firmware_boot: of.firmware_boot,
         origin: Origin::Import,
         identify: true,

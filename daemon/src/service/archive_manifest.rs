@@ -6,6 +6,7 @@
 
 use pileus_api::{Autostart, OnCrash, Timestamp};
 use pileus_base::{Code, Digest, Error, InstanceName, Result, Size, SnapshotName};
+use pileus_instances::qemu::Hardware;
 use serde::{Deserialize, Serialize};
 
 pub const NAME: &str = "manifest.json";
@@ -29,7 +30,7 @@ pub const MOST_GIVEN: u64 = 16 << 20;
 /// The image store's own limit.
 const MOST_IMAGE: Size = Size(2 << 40);
 const MOST_DISK: Size = Size(1 << 46);
-const LEAST_MEMORY: Size = Size::mib(128);
+const LEAST_MEMORY: Size = Size::mib(16);
 const MOST_MEMORY: Size = Size(1 << 50);
 const MOST_CPUS: u32 = 255;
 const MOST_EVER_TAKEN: u32 = 1_000_000;
@@ -60,6 +61,9 @@ pub struct Instance {
     /// What its disk holds: this layer and those below it.
     pub layer: u32,
     pub machine_type: Option<String>,
+    /// What the machine has besides the usual.
+    #[serde(default, skip_serializing_if = "Hardware::is_usual")]
+    pub hardware: Hardware,
     pub firmware_boot: bool,
     pub timezone: Option<String>,
     pub autostart: Autostart,
@@ -345,6 +349,10 @@ impl Manifest {
             machine.is_none_or(|text| release(text).is_some()),
             "its machine type is unknown",
         )?;
+        rule(
+            instance.hardware.is_sound(),
+            "its hardware is nothing that a machine can have",
+        )?;
         let zone = instance.timezone.as_deref().is_none_or(|zone| {
             zone.len() <= 64
                 && !zone.starts_with('/')
@@ -420,18 +428,29 @@ impl Manifest {
     }
 }
 
-/// The machine type that an instance gets here: its own, unless this host's QEMU is older than that.
+/// The machine type that an instance gets here: its own, unless this host's QEMU is older than that; then
+/// the host's newest with the same chipset.
 pub fn machine_type(wanted: Option<&str>, host: &str) -> String {
-    let known = |text| release(text).filter(|release| Some(*release) <= self::release(host));
-    match wanted.and_then(|text| known(text).map(|_| text)) {
-        Some(wanted) => wanted.to_owned(),
-        None => host.to_owned(),
+    let Some(newest) = release(host) else {
+        return host.to_owned();
+    };
+    let known = |text: &&str| release(text).is_some_and(|release| release <= newest);
+    match wanted {
+        Some(wanted) if known(&wanted) => wanted.to_owned(),
+        Some(wanted) if wanted.starts_with(I440FX) => {
+            format!("{I440FX}{}.{}", newest.0, newest.1)
+        }
+        _ => host.to_owned(),
     }
 }
 
+const I440FX: &str = "pc-i440fx-";
+
 /// The release in `pc-q35-10.0`.
 fn release(machine: &str) -> Option<(u16, u16)> {
-    let (major, minor) = machine.strip_prefix("pc-q35-")?.split_once('.')?;
+    let number = machine.strip_prefix("pc-q35-");
+    let number = number.or_else(|| machine.strip_prefix(I440FX))?;
+    let (major, minor) = number.split_once('.')?;
     let number = |text: &str| {
         let digits = (1..=3).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit());
         digits.then(|| text.parse().ok())?
@@ -464,6 +483,10 @@ pub(crate) mod tests {
             disk: Size::gib(5),
             layer: 2,
             machine_type: Some("pc-q35-10.0".into()),
+            hardware: Hardware {
+                keyboard_layout: Some("de-ch".into()),
+                ..Hardware::default()
+            },
             firmware_boot: false,
             timezone: Some("Europe/Berlin".into()),
             autostart: Autostart::Last,
@@ -563,6 +586,12 @@ pub(crate) mod tests {
                 "/instance/machine_type",
                 "machine type",
                 json!("pc-q35-10.0,x=y"),
+            ),
+            ("/instance/hardware/nic", "manifest.json", json!("ne2k")),
+            (
+                "/instance/hardware/keyboard_layout",
+                "hardware",
+                json!("de,x=y"),
             ),
             ("/instance/timezone", "time zone", json!("../../etc/passwd")),
             ("/instance/timezone", "time zone", json!("a: b\n")),
@@ -671,6 +700,8 @@ pub(crate) mod tests {
             (Some("pc-q35-10.0"), "pc-q35-10.0"),
             (Some("pc-q35-11.0"), host),
             (Some("pc-q35-10.1"), host),
+            (Some("pc-i440fx-8.2"), "pc-i440fx-8.2"),
+            (Some("pc-i440fx-11.0"), "pc-i440fx-10.0"),
             (None, host),
         ] {
             assert_eq!(machine_type(wanted, host), got, "{wanted:?}");

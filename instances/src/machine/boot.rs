@@ -17,12 +17,22 @@ impl<D: Driver> Actor<D> {
         report.phase(Phase::Booting);
         // What an earlier boot said doesn't count; an adopted guest tells again.
         self.config.snapshot.cloud_init = None;
-        self.wait_for(began + timeout, report, |event, _| match event {
+        let up = self.wait_for(began + timeout, report, |event, _| match event {
             GuestEvent::Up => Some(()),
             _ => None,
-        })
-        .await
-        .map_err(|err| self.explain(err, Phase::Booting, timeout))?;
+        });
+        match up.await {
+            Err(Stop::Timeout) if self.config.driver.may_be_silent() => {
+                report.warn(format!(
+                    "'{}' runs, but gave no sign of life within {} s: commands can't reach it if its \
+                     system has no agent of pileus.",
+                    self.name(),
+                    timeout.as_secs()
+                ));
+                return Ok(());
+            }
+            up => up.map_err(|err| self.explain(err, Phase::Booting, timeout))?,
+        }
         self.note_phase(Phase::Booting, began);
         self.finish_cloud_init(timeout, report).await?;
         self.identify(report).await

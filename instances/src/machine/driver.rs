@@ -21,6 +21,11 @@ pub trait Driver: Send + Sync + 'static {
     /// The instance's name now.
     fn name(&self) -> InstanceName;
 
+    /// Whether the guest may be a system that knows nothing of us: then it is no fault if it says nothing.
+    fn may_be_silent(&self) -> bool {
+        false
+    }
+
     /// Starts the VM. On error nothing of it is left behind.
     fn start(
         &self,

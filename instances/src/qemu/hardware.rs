@@ -129,7 +129,7 @@ impl Abilities {
         Self {
             // Some builds have names without a number.
             i440fx: newest.max().map(|(_, name)| name).or_else(|| {
-                let alias = super::host::alias(machines, "pc")?;
+                let alias = alias(machines, "pc")?;
                 alias.starts_with(I440FX).then_some(alias)
             }),
             devices: devices.lines().filter_map(named).collect(),
@@ -162,7 +162,25 @@ impl Abilities {
     }
 }
 
+/// From the line `q35   Standard PC (…) (alias of pc-q35-10.0)`.
+pub(super) fn alias(help: &str, of: &str) -> Option<String> {
+    let line = help
+        .lines()
+        .find(|line| line.split_whitespace().next() == Some(of))?;
+    let (_, rest) = line.rsplit_once("(alias of ")?;
+    let name = rest.split(')').next()?.trim();
+    (!name.is_empty()).then(|| name.to_owned())
+}
+
 impl Hardware {
+    /// Whether what is no word of ours can stand in an option, and nothing is there twice.
+    pub fn is_sound(&self) -> bool {
+        let layout = self.keyboard_layout.as_deref().unwrap_or("en-us");
+        let plain = layout.bytes().all(|b| b.is_ascii_lowercase() || b == b'-');
+        let twice = |n: usize| self.inputs[..n].contains(&self.inputs[n]);
+        plain && (1..=16).contains(&layout.len()) && !(0..self.inputs.len()).any(twice)
+    }
+
     /// Whether the machine is one as any other.
     pub fn is_usual(&self) -> bool {
         *self == Self::default()

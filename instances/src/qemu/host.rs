@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use pileus_base::{Code, Error, Result};
 
-use super::hardware::Abilities;
+use super::hardware::{Abilities, alias};
 use super::spec::{Accelerator, AcceleratorChoice};
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -130,16 +130,6 @@ fn parse_version(line: &str) -> Option<(u32, u32, u32)> {
 
 fn parse_machine_type(help: &str) -> Option<String> {
     alias(help, "q35")
-}
-
-/// From the line `q35   Standard PC (…) (alias of pc-q35-10.0)`.
-pub(super) fn alias(help: &str, of: &str) -> Option<String> {
-    let line = help
-        .lines()
-        .find(|line| line.split_whitespace().next() == Some(of))?;
-    let (_, rest) = line.rsplit_once("(alias of ")?;
-    let name = rest.split(')').next()?.trim();
-    (!name.is_empty()).then(|| name.to_owned())
 }
 
 /// What this host says about hardware virtualisation.

@@ -313,9 +313,8 @@ impl MachineSpec {
         if self.machine_type.is_empty() || !self.machine_type.bytes().all(plain) {
             return bad(format!("{:?} is no machine type", self.machine_type));
         }
-        let keymap = self.hardware.keyboard_layout.as_deref();
-        if keymap.is_some_and(|name| name.is_empty() || !name.bytes().all(plain)) {
-            return bad(format!("{keymap:?} is no keyboard layout"));
+        if !self.hardware.is_sound() {
+            return bad(format!("{:?} is no possible hardware", self.hardware));
         }
         if let Some(each) = self.hardware.topology
             && self.hardware.with_cpus(self.cpus).topology.is_none()
