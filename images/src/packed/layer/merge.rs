@@ -14,7 +14,7 @@ use super::super::{DISK, LAYER};
 use crate::format::Work;
 use crate::sparse::is_zero;
 use crate::store::Tools;
-use crate::tool::{self, Bounds};
+use crate::tool::{self, Bounds, Watch};
 
 /// What qemu-img needs for its tables and buffers, with much to spare.
 const MEMORY: u64 = 2 << 30;
@@ -39,7 +39,7 @@ pub(crate) async fn merge(
     .await
 }
 
-/// The same for who has no store: `stage` marks qemu-img, `reserve` bytes stay free.
+/// The same for who has no store: `stage` marks qemu-img, `reserve` bytes stay free. After a failure both files are gone.
 pub async fn merge_with(
     tools: &Tools,
     stage: &str,
@@ -51,31 +51,61 @@ pub async fn merge_with(
     report.phase(Phase::PreparingImage);
     let folder = folder.canonicalize().io("Looking at a folder")?;
     let (disk, layer) = (folder.join(DISK), folder.join(LAYER));
-    let length = std::fs::metadata(&layer).io("Looking at a layer")?.len();
+    let merged = async {
+        let room = || check_room(&folder, reserve);
+        commit(tools, stage, (&disk, &layer), report, &room).await?;
+        files::remove_file(&layer)?;
+        let (path, told) = (disk.clone(), report.clone());
+        tokio::task::spawn_blocking(move || look_at(&path, &told))
+            .await
+            .map_err(|err| Error::internal(format!("Hashing a disk panicked: {err}")))?
+    };
+    match merged.await {
+        Ok((digest, data)) => {
+            (unpacked.disk, unpacked.data) = (digest, data);
+            unpacked.layer = Layer::Empty;
+            Ok(())
+        }
+        Err(err) => {
+            // A disk that is half merged is nobody's.
+            for path in [&disk, &layer] {
+                if let Err(err) = files::remove_file(path) {
+                    tracing::warn!(%err, "not removed");
+                }
+            }
+            Err(err)
+        }
+    }
+}
+
+async fn commit(
+    tools: &Tools,
+    stage: &str,
+    (disk, layer): (&Path, &Path),
+    report: &Reporter,
+    room: Watch<'_>,
+) -> Result<()> {
+    let length = |path: &Path| {
+        let found = std::fs::metadata(path).io(format_args!("Looking at {}", path.display()))?;
+        Ok::<_, Error>(found.len())
+    };
     let bounds = Bounds {
         time: Duration::from_secs(3600),
         grace: Duration::from_secs(2),
         memory: Some(MEMORY),
-        file: Some(unpacked.disk_size.max(length)),
+        file: Some(length(disk)?.max(length(layer)?)),
     };
     let mut command = Command::new(&tools.qemu_img);
     // -d: the layer goes anyway, it needs not be emptied.
     command
         .args(["commit", "-q", "-d"])
-        .arg(format!("json:{}", nodes(&disk, &layer)?));
-    let room = || check_room(&folder, reserve);
+        .arg(format!("json:{}", nodes(disk, layer)?));
     room()?;
-    let done = tool::run(command, stage, bounds, report, &mut |_| (), &room).await?;
-    if !done.status.success() {
-        return Err(done.failed("Merging layer.qcow2 into the disk"));
+    let done = tool::run(command, stage, bounds, report, &mut |_| (), room).await?;
+    match done.status.success() {
+        true => Ok(()),
+        false => Err(done.failed("Merging layer.qcow2 into the disk")),
     }
-    files::remove_file(&layer)?;
-    let told = report.clone();
-    let looked = tokio::task::spawn_blocking(move || look_at(&disk, &told)).await;
-    (unpacked.disk, unpacked.data) =
-        looked.map_err(|err| Error::internal(format!("Hashing a disk panicked: {err}")))??;
-    unpacked.layer = Layer::Empty;
-    Ok(())
 }
 
 /// The two files as nodes, so that neither names another.

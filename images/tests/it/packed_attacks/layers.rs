@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use pileus_base::Reporter;
+use pileus_base::{Code, Reporter};
 use pileus_images::Tools;
 use pileus_images::packed::unpack::{Layer, take_in};
 use pileus_images::packed::{Rule, digest};
@@ -465,4 +465,63 @@ async fn what_the_layer_names_is_never_opened() {
     .unwrap();
     assert!(std::fs::read(inner.join("disk.img")).unwrap() == whole);
     assert!(std::fs::read(dir.path().join("disk.img")).unwrap() == vec![b'S'; DISK_SIZE]);
+}
+
+/// A disk that says of itself that it is a qcow2 file on a file of the host, which a program that guesses would believe.
+#[tokio::test]
+async fn a_disk_that_is_itself_a_qcow2_file_is_raw_bytes() {
+    let mut disguised = sized("3M", &["-b", "/etc/passwd", "-F", "raw"]);
+    disguised.resize(DISK_SIZE, 0);
+    let archive = |layer: &[u8]| {
+        let tar = Tar::default().file("disk.img", &disguised);
+        zst(&tar
+            .file("layer.qcow2", layer)
+            .file("machine.json", MACHINE)
+            .end())
+    };
+    taken(&archive(&layer()), &disguised);
+    let (layer, _) = filled(&[], &["write -P 0x41 2M 64k"]);
+    let dir = tempfile::tempdir().unwrap();
+    let input = std::io::Cursor::new(archive(&layer));
+    take_in(
+        input,
+        dir.path(),
+        &budgets(),
+        &Tools::default(),
+        "test",
+        &Reporter::silent(),
+    )
+    .await
+    .unwrap();
+    disguised[2 << 20..][..64 << 10].fill(0x41);
+    assert!(std::fs::read(dir.path().join("disk.img")).unwrap() == disguised);
+}
+
+#[tokio::test]
+async fn nothing_is_left_of_a_merge_that_failed() {
+    let (layer, _) = filled(&[], &["write -P 0x41 1M 64k"]);
+    let archive = zst(&tar(&layer).end());
+    let missing = Tools {
+        qemu_img: "/nonexistent/qemu-img".into(),
+        ..Tools::default()
+    };
+    let failing = Tools {
+        qemu_img: "false".into(),
+        ..Tools::default()
+    };
+    for (tools, code) in [(missing, Code::ToolMissing), (failing, Code::ToolFailed)] {
+        let dir = tempfile::tempdir().unwrap();
+        let input = std::io::Cursor::new(archive.clone());
+        let got = take_in(
+            input,
+            dir.path(),
+            &budgets(),
+            &tools,
+            "test",
+            &Reporter::silent(),
+        )
+        .await;
+        assert_eq!(got.unwrap_err().code, code);
+        assert_eq!(names(dir.path()), [""; 0]);
+    }
 }
