@@ -4,6 +4,7 @@ mod archive;
 mod build;
 mod collect;
 mod crash;
+mod crowd;
 mod download;
 mod formats;
 mod intake;

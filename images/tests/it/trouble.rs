@@ -258,11 +258,14 @@ async fn redirects_have_an_end() {
     }
 }
 
+/// What it is, the answers, the error, and how often the server is asked.
+type Case = (&'static str, Vec<Answer>, Code, Class, usize);
+
 /// Who is to blame, for each thing that can go wrong.
 #[tokio::test]
 async fn each_fault_is_its_owners() {
     let status = |status, times| vec![Answer::Status(status); times];
-    let cases: Vec<(&str, Vec<Answer>, Code, Class, usize)> = vec![
+    let cases: Vec<Case> = vec![
         ("400", status(400, 1), Code::ImageNotFound, Class::User, 1),
         ("401", status(401, 1), Code::ImageNotFound, Class::User, 1),
         ("404", status(404, 1), Code::ImageNotFound, Class::User, 1),
