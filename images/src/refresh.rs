@@ -37,8 +37,9 @@ impl Store {
         let key = self.resolve(reference, report).await?.key;
         let before = self.sources.take(&key)?;
         let done = self.obtain(reference, checksum, report).await;
-        if done.is_err()
-            && let Some(before) = before
+        // It failed, or was not needed.
+        if let Some(before) = before
+            && self.sources.get(&key).is_none()
         {
             self.sources.put(&before)?;
         }
