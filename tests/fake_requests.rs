@@ -200,6 +200,60 @@ fn fake_files_of_others() {
     assert_eq!(daemon.state("foo"), "Running");
 }
 
+/// The same for a pull; what a member sends needs nobody's leave to be read.
+#[test]
+fn fake_images_of_others() {
+    if !need(&[Need::Root, Need::Tun, Need::Program("setpriv")]) {
+        return;
+    }
+    let daemon = Daemon::start(pileus_testkit::Options {
+        args: vec!["--group".into(), "nogroup".into()],
+        ..pileus_testkit::Options::fake()
+    });
+    let file = daemon.write_disk("mine.raw", 1 << 20, 1);
+    let mode = |mode: u32| {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(&file, mode).unwrap();
+    };
+    let url = format!("file://{}", file.display());
+    let member = |args: &[&str], input: std::process::Stdio| {
+        let output = daemon
+            .inside(std::path::Path::new("setpriv"))
+            .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"])
+            .arg(pileus_testkit::program("pileus"))
+            .arg("--socket")
+            .arg(daemon.socket())
+            .args(args)
+            .stdin(input)
+            .output()
+            .unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (
+            output.status.code(),
+            text(&output.stdout) + &text(&output.stderr),
+        )
+    };
+    let null = std::process::Stdio::null;
+    mode(0o600);
+    let (code, words) = member(&["image", "pull", &url], null());
+    assert_eq!(code, Some(2), "{words}");
+    assert!(words.contains("may not read"), "{words}");
+    let (code, words) = member(&["image", "import", &file.display().to_string()], null());
+    assert_eq!(code, Some(2), "{words}");
+    assert!(words.contains("Permission denied"), "{words}");
+    assert_eq!(daemon.run(&["image"]).ok(), "No images in the store.\n");
+    // Opened by somebody who may.
+    let open = std::fs::File::open(&file).unwrap();
+    let (code, words) = member(&["image", "import", "-"], open.into());
+    assert_eq!(code, Some(0), "{words}");
+    daemon.run(&["image", "prune"]).ok();
+    mode(0o644);
+    let (code, words) = member(&["image", "pull", &url], null());
+    assert_eq!(code, Some(0), "{words}");
+    let shown = daemon.run(&["image", "info", &url]).ok();
+    assert!(shown.contains("Title:          mine.raw\n"), "{shown}");
+}
+
 #[test]
 fn fake_full_disk() {
     if !need(&[Need::Root, Need::Tun, Need::Program("mount")]) {

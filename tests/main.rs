@@ -10,6 +10,7 @@ mod fake_hardware;
 mod fake_host;
 mod fake_image_making;
 mod fake_images;
+mod fake_images_trouble;
 mod fake_life;
 mod fake_model;
 mod fake_model_rules;
