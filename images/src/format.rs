@@ -1,7 +1,7 @@
 //! From an image's bytes to a raw, sparse disk: what they are, is told by magic bytes, never by a name. All is a
 //! stream with a budget, so a bomb stops at the limit; only a qcow2 file is kept to be read in its own order.
 //!
-//! Next step for qcow2: `qcow2/convert.rs`; for packed images: `packed/unpack.rs`.
+//! Next step for qcow2: `qcow2/convert.rs`; for packed images: `packed/unpack/`.
 
 use std::fs::File;
 use std::io::{self, Cursor, Read, Write};
