@@ -19,6 +19,8 @@ pub struct Frames {
     context: DCtx<'static>,
     /// A frame was begun and did not end.
     within: bool,
+    /// One did end, so it is zstd.
+    known: bool,
     /// Bytes that came in.
     taken: u64,
     /// The first bytes, to tell what it is if it is not zstd.
@@ -35,6 +37,7 @@ impl Frames {
         Ok(Self {
             context,
             within: false,
+            known: false,
             taken: 0,
             head: Vec::new(),
         })
@@ -65,6 +68,7 @@ impl Frames {
             *input = &input[taken.pos..];
             if moved {
                 self.within = left != 0;
+                self.known |= left == 0;
             }
             if input.is_empty() && given.pos() < given.capacity() || !moved {
                 break;
@@ -91,7 +95,7 @@ impl Frames {
                     "A packed image is a tar, compressed with zstd: unpack this one and run \
                      `tar -Sc disk.img layer.qcow2 machine.json | zstd` on what it holds.",
                 ),
-                None if self.taken == 0 => Rule::NotZstd.refuse(),
+                None if !self.known => Rule::NotZstd.refuse(),
                 None => Rule::ZstdTrailing.refuse(),
             },
             WINDOW_TOO_LARGE => Rule::ZstdWindow

@@ -84,6 +84,8 @@ fn what_is_no_zstd() {
         Some(Rule::NotZstd)
     );
     assert_eq!(rule(b"something else"), Some(Rule::NotZstd));
+    // Begins as a skippable frame does.
+    assert_eq!(rule(b"PK\x03\x04\0\x88\0\0\0\x08"), Some(Rule::NotZstd));
     let whole = frame(b"text");
     assert_eq!(
         rule(&[&whole[..], b"garbage"].concat()),
