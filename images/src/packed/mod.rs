@@ -10,7 +10,8 @@
 //!
 //! ```text
 //! rule      what an archive can be refused for          each with a name of its own
-//! members   zstd → tar → members                        a strict walk with budgets
+//! frames    zstd → bytes                                whole frames and nothing else
+//! members   a tar → members                             a strict walk with budgets
 //! unpack    members → a disk in a stage folder          hashed and written while it streams
 //! layer     layer.qcow2: judged before any tool sees it, thrown away if empty, else merged
 //! machine/  machine.json                                parse, migrate, merge, limit
