@@ -26,7 +26,7 @@
 //! (offset and length as 64-bit big-endian numbers, then the data) followed by its size: hashing terabytes of
 //! zeros would say nothing more. The last member, `digests.json`, has those of all before it.
 //!
-//! Next step: `daemon/src/service/archive.rs` (instances), and packed images, which will use the same parts.
+//! Next step: `daemon/src/service/archive.rs` (instances); packed images (`packed`) use the same parts.
 
 mod content;
 pub mod extents;
