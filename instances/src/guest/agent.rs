@@ -38,6 +38,9 @@ const FIRST_RETRY: Duration = Duration::from_millis(20);
 const LAST_RETRY: Duration = Duration::from_secs(1);
 /// No agent was heard on this connection yet: try another one.
 const SILENCE_BEFORE_HELLO: Duration = Duration::from_secs(5);
+/// Unless something was asked of it, which a new connection would lose: a guest that was just restored, on a
+/// host with much to do, may need long to come round.
+const SILENCE_WHEN_ASKED: Duration = Duration::from_secs(60);
 /// The agent is asked for a sign of life after half of this, and taken for lost after all of it.
 const SILENCE: Duration = Duration::from_secs(40);
 /// More unanswered requests than this are refused.
@@ -292,7 +295,10 @@ impl Task {
             }
             let (first, last) = match self.hello.borrow().is_some() {
                 true => (SILENCE / 2, SILENCE),
-                false => (SILENCE_BEFORE_HELLO, SILENCE_BEFORE_HELLO),
+                false if lock(&self.pending).is_empty() => {
+                    (SILENCE_BEFORE_HELLO, SILENCE_BEFORE_HELLO)
+                }
+                false => (SILENCE_WHEN_ASKED, SILENCE_WHEN_ASKED),
             };
             let wait = if asked { last } else { first };
             tokio::select! {

@@ -148,6 +148,24 @@ async fn after_a_reset_or_a_silence_it_connects_anew() {
     drop((first, second));
 }
 
+/// A clone on a busy host: it is asked at once, and comes round late.
+#[tokio::test]
+async fn who_is_asked_something_is_waited_for() {
+    let peer = Peer::new();
+    let mut stream = peer.accept().await;
+    let link = peer.link.clone();
+    let asked = tokio::spawn(async move {
+        let bound = SILENCE_BEFORE_HELLO * 4;
+        link.request("identify", json!({}), bound).await
+    });
+    let question = request(&mut stream).await;
+    tokio::time::sleep(SILENCE_BEFORE_HELLO + Duration::from_millis(500)).await;
+    say(&mut stream, HELLO).await;
+    let reply = json!({"type": "reply", "id": question["id"], "ok": true, "steps": 7});
+    say(&mut stream, &reply.to_string()).await;
+    assert_eq!(soon(asked).await.unwrap().unwrap()["steps"], 7);
+}
+
 #[tokio::test]
 async fn the_last_handle_ends_the_link() {
     let peer = Peer::new();

@@ -195,6 +195,13 @@ impl SshPool {
                     }
                 }
             };
+            // A port shows no end, so an answer that can't come any more is not waited for.
+            let open = async {
+                tokio::select! {
+                    opened = open => opened,
+                    () = connection.gone() => Err(russh::Error::Disconnect),
+                }
+            };
             let err = match (timeout(OPEN_BOUND, open).await, port) {
                 (Ok(Ok(channel)), _) => return Ok((channel, connection)),
                 (Ok(Err(err)), None) => unreachable_guest("The guest opened no session", err),

@@ -300,6 +300,24 @@ async fn a_broken_connection_is_told_and_made_anew() {
     let Some(guest) = Guest::start().await else {
         return;
     };
+    // Its end stands still, and then goes: who waits for an answer hears of it before any bound is over.
+    assert_eq!(guest.run(&["true"]).await.code, Some(0));
+    let agent = guest.agent.id().to_string();
+    let sshd = Command::new("pgrep").args(["-P", &agent]).output().unwrap();
+    let sshd = text(&sshd.stdout).trim().parse().unwrap();
+    let group = rustix::process::Pid::from_raw(sshd).unwrap();
+    rustix::process::kill_process_group(group, rustix::process::Signal::STOP).unwrap();
+    let began = std::time::Instant::now();
+    let wait = tokio::time::sleep(Duration::from_millis(200));
+    let close = async {
+        wait.await;
+        guest.link.request("ssh-close", json!({}), SOON).await
+    };
+    let (ran, closed) = tokio::join!(guest.run(&["echo", "soon"]), close);
+    closed.unwrap();
+    assert_eq!(ran.stdout, b"soon\n");
+    assert!(began.elapsed() < OPEN_BOUND / 2, "{:?}", began.elapsed());
+
     let session = guest.exec(&spec(&["sleep", "60"])).await;
     let answer = guest.link.request("ssh-close", json!({}), SOON).await;
     answer.unwrap();
