@@ -682,6 +682,7 @@ mod tests {
                 inputs: vec![UsbInput::Keyboard, UsbInput::Mouse, UsbInput::Tablet],
                 keyboard_layout: Some("nl-be".into()),
                 uuid: Some(uuid::uuid!("52bab607-10f1-4049-a0f8-ee4725cb715b")),
+                cdrom: None,
             },
             ..spec()
         }
