@@ -24,6 +24,7 @@ pub(super) const MAX_CPUS: u32 = 255;
 
 /// An image and a shape, checked.
 pub(super) struct Wanted {
+    /// What is noted and shown of it: without what is secret in a URL.
     pub source: String,
     pub image: ImageRef,
     pub cpus: Option<u32>,
@@ -68,10 +69,10 @@ pub(super) fn check_shape(
     cpus: Option<u32>,
     memory: Option<Size>,
 ) -> Result<Wanted> {
-    let source = image
+    let image: ImageRef = image
         .filter(|image| !image.is_empty())
-        .unwrap_or_else(|| DEFAULT_IMAGE.to_owned());
-    let image = source.parse()?;
+        .unwrap_or_else(|| DEFAULT_IMAGE.to_owned())
+        .parse()?;
     if let Some(cpus) = cpus.filter(|cpus| !(1..=MAX_CPUS).contains(cpus)) {
         return Err(Error::new(
             Code::InvalidArgument,
@@ -83,7 +84,7 @@ pub(super) fn check_shape(
         at_least("memory", memory, MIN_MEMORY)?;
     }
     Ok(Wanted {
-        source,
+        source: image.shown(),
         image,
         cpus,
         // QEMU wants whole mebibytes.

@@ -37,7 +37,7 @@ impl Service {
         let service = self.clone();
         self.parts
             .operations
-            .begin(OperationKind::Pull, source, |report| async move {
+            .begin(OperationKind::Pull, reference.shown(), |report| async move {
                 let store = &service.parts.store;
                 let checksum = request.checksum.as_ref();
                 let image = match file {
