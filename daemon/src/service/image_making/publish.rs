@@ -1,7 +1,8 @@
 //! From a machine that is off to an image of the store, and from there to the client.
 
+use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pileus_api::{Event, OperationKind};
@@ -136,6 +137,9 @@ impl Service {
             .flatten(&incoming, &parts.base, &parts.layers, report)
             .await?;
         info.min_disk = info.virtual_size;
+        if !has_boot_sector(&incoming.disk()) {
+            report.warn("The disk has no boot sector: no firmware will boot this image");
+        }
         report.phase(Phase::VerifyingImage);
         let counted = report.clone();
         let (incoming, content) = blocking(move || {
@@ -197,6 +201,14 @@ impl Service {
         }
         info
     }
+}
+
+/// Whether firmware may find something to boot on a disk: an image carries no kernel beside it.
+fn has_boot_sector(disk: &Path) -> bool {
+    use std::os::unix::fs::FileExt;
+    let mut mark = [0; 2];
+    let read = File::open(disk).and_then(|disk| disk.read_exact_at(&mut mark, 510));
+    read.is_ok() && mark == [0x55, 0xaa]
 }
 
 /// Cancels the work when nobody reads any more.
