@@ -47,6 +47,7 @@ impl Fake {
             nic: Nic::None,
             extra_nics: Vec::new(),
             hardware: Default::default(),
+            growth: Default::default(),
             ram: Memory::Private,
             incoming: false,
             ends_with_daemon: false,
