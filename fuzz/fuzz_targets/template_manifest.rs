@@ -22,7 +22,7 @@ mod qemu {
     use std::path::PathBuf;
 
     pub(crate) use crate::spec;
-    pub use crate::spec::Accelerator;
+    pub use crate::spec::{Accelerator, Growth};
 
     pub struct Qemu {
         pub program: PathBuf,
