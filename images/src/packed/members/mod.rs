@@ -5,12 +5,14 @@
 //! ```text
 //! mod      the walk from member to member       budgets, names, kinds, padding, the end
 //! header   one header of 512 bytes              name, size, type
+//! before   headers that go before a member      PAX, long names
 //! pax      a PAX header's records               bounded; what changes a member is taken or refused
 //! sparse   where a sparse member has its data   old GNU, PAX 0.1 and 1.0
 //! ```
 //!
 //! Next step: `unpack` (where the data goes), `layer` (judges layer.qcow2).
 
+mod before;
 mod header;
 mod pax;
 mod sparse;
@@ -22,6 +24,7 @@ use pileus_base::{Error, Result, Size};
 use super::rule::Rule;
 use crate::archive::extents::Extent;
 use crate::archive::parts::{Fault, MOST_PADDING};
+use before::{Before, plain};
 use header::{Header, Type};
 use pax::Pax;
 
@@ -173,7 +176,7 @@ impl<R: BufRead> Walk<R> {
             match header.kind() {
                 Type::Pax => {
                     let text = self.extended(&header, MOST_EXTENDED)?;
-                    before.pax(Pax::parse(&text)?)?;
+                    before.add_pax(Pax::parse(&text)?)?;
                 }
                 Type::GlobalPax => {
                     let text = self.extended(&header, MOST_EXTENDED)?;
@@ -181,7 +184,7 @@ impl<R: BufRead> Walk<R> {
                         return Err(Rule::PaxGlobal.refuse());
                     }
                 }
-                Type::LongName => before.name(self.extended(&header, MOST_NAME)?)?,
+                Type::LongName => before.add_name(self.extended(&header, MOST_NAME)?)?,
                 Type::LongLink => drop(self.extended(&header, MOST_NAME)?),
                 _ => return self.found(&header, before).map(Some),
             }
@@ -376,54 +379,6 @@ struct Found {
     extents: Option<Vec<Extent>>,
     /// Bytes of data that follow; a map before them was read, and is in whole blocks.
     stored: u64,
-}
-
-/// Headers that go before a member.
-#[derive(Default)]
-struct Before {
-    pax: Option<Pax>,
-    name: Option<Vec<u8>>,
-}
-
-impl Before {
-    fn is_empty(&self) -> bool {
-        self.pax.is_none() && self.name.is_none()
-    }
-
-    fn pax(&mut self, pax: Pax) -> Result<()> {
-        if self.name.is_some() && pax.path.is_some() {
-            return Err(Rule::HeaderName.because("it has two"));
-        }
-        match self.pax.replace(pax) {
-            None => Ok(()),
-            Some(_) => Err(Rule::PaxMalformed.because("a member has two")),
-        }
-    }
-
-    /// The data of GNU's header for long names, which ends with a NUL.
-    fn name(&mut self, mut text: Vec<u8>) -> Result<()> {
-        if text.pop() != Some(0) || text.is_empty() || text.contains(&0) {
-            return Err(Rule::HeaderName.because("a long name is none"));
-        }
-        let other = self.pax.as_ref().is_some_and(|pax| pax.path.is_some());
-        match self.name.replace(text) {
-            None if !other => Ok(()),
-            _ => Err(Rule::HeaderName.because("it has two")),
-        }
-    }
-}
-
-/// A name without what says "here": `./disk.img`, `/disk.img`, `a/../disk.img`, `disk.img/`.
-fn plain(name: &[u8]) -> Vec<u8> {
-    let mut parts: Vec<&[u8]> = Vec::new();
-    for part in name.split(|byte| *byte == b'/') {
-        match part {
-            b"" | b"." => {}
-            b".." => drop(parts.pop()),
-            _ => parts.push(part),
-        }
-    }
-    parts.join(&b'/')
 }
 
 fn padding(stored: u64) -> u64 {
