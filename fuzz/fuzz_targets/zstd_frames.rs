@@ -39,7 +39,9 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let whole = all(bytes, usize::MAX, MOST);
     let pieces = all(bytes, usize::from(*step) + 1, usize::from(*room) * 16 + 1);
-    assert_eq!(whole, pieces);
+    // Which of two damages zstd sees first does depend on them.
+    assert_eq!(whole.1.is_none(), pieces.1.is_none(), "{:?} {:?}", whole.1, pieces.1);
+    assert!(whole.0 == pieces.0);
     if let (given, None) = whole {
         let mut other = zstd::Decoder::new(bytes).unwrap().take(MOST as u64);
         let mut want = Vec::new();
