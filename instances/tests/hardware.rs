@@ -99,6 +99,7 @@ fn full() -> Hardware {
         inputs: INPUTS.to_vec(),
         keyboard_layout: Some("de".into()),
         uuid: Some(uuid::uuid!("52bab607-10f1-4049-a0f8-ee4725cb715b")),
+        ..Hardware::default()
     }
 }
 

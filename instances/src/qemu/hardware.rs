@@ -99,8 +99,9 @@ pub struct Hardware {
     /// What the firmware says that the machine's id is; the instance's own if none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub uuid: Option<Uuid>,
-    /// A CD, from which the firmware boots if it can't from the disk.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// A CD, from which the firmware boots if it can't from the disk. Never kept, and never read: a file
+    /// from outside (an archive's manifest) could name any file of the host.
+    #[serde(skip)]
     pub cdrom: Option<PathBuf>,
 }
 

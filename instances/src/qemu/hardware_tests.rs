@@ -185,6 +185,9 @@ fn a_row_without_hardware_is_read_and_one_with_it_written_back() {
         ..Hardware::default()
     };
     assert_eq!(hardware.keymap(), Some("nl"));
+    // No text names a file of the host.
+    let hostile: Hardware = serde_json::from_str(r#"{"cdrom": "/etc/shadow"}"#).unwrap();
+    assert_eq!(hostile.cdrom, None);
     // Another number of CPUs, and back.
     assert_eq!(hardware.with_cpus(4), hardware);
     assert_eq!(hardware.with_cpus(3).topology, None);
