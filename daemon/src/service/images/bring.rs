@@ -37,24 +37,28 @@ impl Service {
         let service = self.clone();
         self.parts
             .operations
-            .begin(OperationKind::Pull, reference.shown(), |report| async move {
-                let store = &service.parts.store;
-                let checksum = request.checksum.as_ref();
-                let image = match file {
-                    Some(file) => {
-                        let arrival = arrival_of(&reference, &file)?;
-                        let file = tokio::fs::File::from_std(file);
-                        store.import(file, &arrival, checksum, &report).await?
-                    }
-                    None if request.refresh => {
-                        store.obtain_anew(&reference, checksum, &report).await?
-                    }
-                    None => store.obtain(&reference, checksum, &report).await?,
-                };
-                report.result(image.digest().to_string());
-                service.images_changed();
-                Ok(())
-            })
+            .begin(
+                OperationKind::Pull,
+                reference.shown(),
+                |report| async move {
+                    let store = &service.parts.store;
+                    let checksum = request.checksum.as_ref();
+                    let image = match file {
+                        Some(file) => {
+                            let arrival = arrival_of(&reference, &file)?;
+                            let file = tokio::fs::File::from_std(file);
+                            store.import(file, &arrival, checksum, &report).await?
+                        }
+                        None if request.refresh => {
+                            store.obtain_anew(&reference, checksum, &report).await?
+                        }
+                        None => store.obtain(&reference, checksum, &report).await?,
+                    };
+                    report.result(image.digest().to_string());
+                    service.images_changed();
+                    Ok(())
+                },
+            )
             .await
     }
 
