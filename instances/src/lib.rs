@@ -8,5 +8,6 @@ pub mod driver;
 pub mod guest;
 pub mod machine;
 pub mod qemu;
+mod running;
 pub mod template;
 pub mod warm;

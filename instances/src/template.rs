@@ -22,6 +22,7 @@ use pileus_base::{Code, Digest, Error, Result, ResultExt, Size, files};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::machine::Shape;
 use crate::qemu::{Accelerator, Growth, Qemu, argv, loan};
 
 /// Version of `template.json`.
@@ -84,8 +85,7 @@ impl TemplateKey {
     /// The key of a machine that this host makes with this QEMU, now.
     pub fn new(
         image: Digest,
-        cpus: u32,
-        memory: Size,
+        shape: Shape,
         disk: Size,
         qemu: &Qemu,
         accelerator: Accelerator,
@@ -96,8 +96,8 @@ impl TemplateKey {
         let program = program.as_ref();
         Self {
             image,
-            cpus,
-            memory,
+            cpus: shape.cpus,
+            memory: shape.memory,
             disk,
             machine_type: qemu.machine_type.clone(),
             accelerator,

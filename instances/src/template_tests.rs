@@ -22,8 +22,7 @@ fn key() -> TemplateKey {
     let (memory, disk) = (Size::mib(32), Size::gib(5));
     TemplateKey::new(
         image,
-        2,
-        memory,
+        Shape { cpus: 2, memory },
         disk,
         &qemu(),
         Accelerator::Tcg,

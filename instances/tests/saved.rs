@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use machine::{BANNER, Machine, event, start};
 use pileus_base::{Code, Digest, Size, files, process::ProcessId};
+use pileus_instances::machine::Shape;
 use pileus_instances::qemu::{
     Confinement, MachineSpec, Memory, Nic, Paths, Port, PowerState, Qemu, Stream, Vm, VmEvent,
     process,
@@ -123,8 +124,10 @@ impl Template {
         let spec = &machine.spec;
         let key = TemplateKey::new(
             image,
-            spec.cpus,
-            spec.memory,
+            Shape {
+                cpus: spec.cpus,
+                memory: spec.memory,
+            },
             Size::mib(1),
             qemu,
             spec.accelerator,

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use pileus_base::{Digest, Size};
 use pileus_images::{Image, overlay};
+use pileus_instances::machine::Shape;
 use pileus_instances::qemu::host::{KvmFacts, choose};
 use pileus_instances::qemu::{Accelerator, AcceleratorChoice, Growth, Qemu};
 use pileus_instances::template::{Folder, TemplateKey};
@@ -65,8 +66,10 @@ fn key(image: Digest, virtual_size: Size, qemu: Option<&Path>, tcg: bool) -> Tem
     let disk = DISK.max(virtual_size);
     TemplateKey::new(
         image,
-        CPUS,
-        MEMORY,
+        Shape {
+            cpus: CPUS,
+            memory: MEMORY,
+        },
         disk,
         &qemu,
         accelerator,

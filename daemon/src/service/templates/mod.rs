@@ -192,8 +192,10 @@ impl Service {
     pub(super) fn template_key(&self, host: &Host, shape: &Shape, image_size: Size) -> TemplateKey {
         TemplateKey::new(
             shape.image.clone(),
-            shape.cpus,
-            shape.memory,
+            pileus_instances::machine::Shape {
+                cpus: shape.cpus,
+                memory: shape.memory,
+            },
             super::order::default_disk(image_size),
             &host.qemu,
             host.accelerator,

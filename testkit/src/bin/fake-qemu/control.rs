@@ -116,7 +116,9 @@ fn perform(
         "block_resize" => locked(&machine.disk).resize(arguments),
         // It has the processors and the memory that it was started with, and room for no more.
         "query-hotpluggable-cpus" => Ok(machine.processors()),
-        "query-memory-size-summary" => Ok(json!({"base-memory": machine.memory, "plugged-memory": 0})),
+        "query-memory-size-summary" => {
+            Ok(json!({"base-memory": machine.memory, "plugged-memory": 0}))
+        }
         "qom-get" => match (arguments["path"].as_str(), arguments["property"].as_str()) {
             (Some("/machine/peripheral/more-memory"), Some("size")) => Ok(json!(0)),
             (Some("/objects/more"), _) => Ok(json!(machine.room)),
