@@ -332,6 +332,10 @@ impl Model {
         };
         let instance = self.usable(name)?;
         let stopped = instance.state == State::Stopped;
+        if stopped && matches!(op, Op::Cpus(..) | Op::Memory(..)) {
+            // At rest nothing waits for a boot, and what is said last holds.
+            instance.apply_pending();
+        }
         match op {
             Op::Cpus(_, cpus) if stopped => instance.cpus = *cpus,
             Op::Cpus(_, cpus) => {

@@ -155,10 +155,10 @@ fn fake_killed_at_any_moment_of_suspend_and_resume() {
     if !need(&[Need::Root, Need::Tun]) {
         return;
     }
-    let mut world = World::with("fast suspend-ms=30 resume-ms=30");
+    let mut world = World::with("fast suspend-ms=30 resume-ms=60");
     world.launch("foo");
     let mut ends = std::collections::BTreeMap::<String, u32>::new();
-    for round in 0..40_u64 {
+    for round in 0..60_u64 {
         if world.state("foo") == "stopped" {
             world.must("foo", "start");
         }
@@ -171,7 +171,7 @@ fn fake_killed_at_any_moment_of_suspend_and_resume() {
         let body = (what == "start").then(|| serde_json::json!({}));
         let path = format!("/v1/instances/foo/{what}");
         world.api.begin("POST", &path, body.as_ref()).unwrap();
-        std::thread::sleep(Duration::from_millis(round * 7 % 80));
+        std::thread::sleep(Duration::from_millis(round * 7 % 110));
         let kill_qemu = round % 4 == 3;
         if kill_qemu {
             world.try_signal("foo", Signal::SIGKILL).unwrap();
