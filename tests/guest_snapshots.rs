@@ -182,7 +182,7 @@ fn merged(daemon: &mut Daemon, files: &str) {
         (layers(daemon).len() + 7 <= before).then_some(())
     });
     daemon.run(&["start", "foo"]).ok();
-    assert_eq!(read(daemon, "foo", &["a", "b", "c"]), format!("{files}\n"));
+    assert_eq!(read(daemon, "foo", &["a", "b", "c"]), files);
     let all = daemon.script("foo", "cat /var/tmp/last /var/tmp/n?");
     assert_eq!(all, "9\n1\n2\n3\n4\n5\n6\n7\n8\n9\n");
     daemon.run(&["restore", "-d", "foo.n9"]).ok();
