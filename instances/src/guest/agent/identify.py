@@ -465,9 +465,10 @@ def settle(agent, quiet, nic, cloud_init):
 def restart_all(steps, nic):
     """A guest that ran under another name: those who cached something are started anew, one by one."""
     # The connections of the origin end here, and with them its user's sessions: what that user keeps in
-    # shared memory is part of what was forked.
+    # shared memory, and what runs there, is part of what was forked. logind ends a user's slice, with all in it,
+    # ten seconds after the last session that it knows of.
     os.makedirs(os.path.dirname(KEEP_IPC), mode=0o755, exist_ok=True)
-    put(KEEP_IPC, "[Login]\nRemoveIPC=no\n")
+    put(KEEP_IPC, "[Login]\nRemoveIPC=no\nUserStopDelaySec=infinity\n")
     # First: it removes what it may ten seconds after the sessions' end.
     logind = "systemd-logind.service"
     if pids_of(logind):
