@@ -92,10 +92,7 @@ fn guest_snapshots() {
     // In this order: it goes on writing.
     let written = number("/var/tmp/n");
     let now = number("/dev/shm/synced");
-    assert!(
-        now > synced && now + 2 >= written,
-        "{now} {synced} {seen}"
-    );
+    assert!(now > synced && now + 2 >= written, "{now} {synced} {seen}");
     let d = write(&daemon, "foo", "d");
     daemon.run(&["snapshot", "foo", "-n", "four"]).ok();
     assert_eq!(parents(&daemon), "four<two one< snapshot3<two two<one");

@@ -7,12 +7,15 @@ use std::io::{self, Write};
 
 use pileus_base::{Code, Error, Result};
 use tar::{EntryType, GnuExtSparseHeader, GnuSparseHeader, Header};
+use zstd::zstd_safe::CParameter;
 
 use super::extents::Extent;
 use super::member::BLOCK;
 
 /// The ancestor's level, and zstd's own default.
 const LEVEL: i32 = 3;
+/// Bytes that one thread compresses by itself.
+const JOB: u32 = 16 << 20;
 /// A tar's length is a multiple of this.
 const RECORD: u64 = 10_240;
 
@@ -24,6 +27,10 @@ pub fn compress<W: Write>(to: W, threads: u32) -> Result<Encoder<W>> {
         let mut encoder = Encoder::new(to, LEVEL)?;
         encoder.include_checksum(true)?;
         encoder.multithread(threads.max(1))?;
+        // Pieces begin without a look at the one before: nothing is read twice, and of pieces this long the archive
+        // gets hardly larger.
+        encoder.set_parameter(CParameter::JobSize(JOB))?;
+        encoder.set_parameter(CParameter::OverlapSizeLog(1))?;
         Ok::<_, io::Error>(encoder)
     };
     encoder().map_err(failed)
