@@ -245,13 +245,13 @@ impl Service {
     ) -> Result<Operation> {
         let instance = self.parts.registry.get_usable(name)?;
         instance.machine_soon().await?;
-        let id = find(&instance.row(), snapshot)?.id;
+        let meant = find(&instance.row(), snapshot)?.clone();
         let (service, disk_only) = (self.clone(), request.disk_only);
         self.parts
             .operations
             .begin(OperationKind::Restore, name, |report| async move {
                 let _turn = instance.usable_turn(&report).await?;
-                service.restore_now(&instance, id, disk_only, &report).await
+                service.restore_now(&instance, &meant, disk_only, &report).await
             })
             .await
     }
@@ -259,13 +259,13 @@ impl Service {
     async fn restore_now(
         &self,
         instance: &Arc<Instance>,
-        id: Uuid,
+        meant: &SnapshotRow,
         disk_only: bool,
         report: &Reporter,
     ) -> Result<()> {
-        let row = instance.row();
+        let (row, id) = (instance.row(), meant.id);
         let to = row.snapshots.iter().find(|s| s.id == id).cloned();
-        let to = to.ok_or_else(|| not_found(row.name.as_str(), "that one"))?;
+        let to = to.ok_or_else(|| not_found(row.name.as_str(), meant.name.as_str()))?;
         let machine = instance.machine()?.clone();
         let ran = row.process.is_some();
         let saved = to.saved.clone().filter(|_| !disk_only);
@@ -321,23 +321,25 @@ impl Service {
 
     pub async fn delete_snapshot(&self, name: &str, snapshot: &str) -> Result<Operation> {
         let instance = self.parts.registry.get_usable(name)?;
-        let id = find(&instance.row(), snapshot)?.id;
+        let meant = find(&instance.row(), snapshot)?.clone();
         let (service, target) = (self.clone(), format!("{name}.{snapshot}"));
         self.parts
             .operations
             .begin(OperationKind::DeleteSnapshot, target, |report| async move {
                 let _turn = instance.turn(&report).await?;
                 report.phase(Phase::Deleting);
-                service.delete_snapshot_now(&instance, id).await
+                service.delete_snapshot_now(&instance, &meant).await
             })
             .await
     }
 
-    async fn delete_snapshot_now(&self, instance: &Arc<Instance>, id: Uuid) -> Result<()> {
-        let row = instance.row();
-        let Some(gone) = row.snapshots.iter().find(|s| s.id == id).cloned() else {
-            return Ok(());
-        };
+    async fn delete_snapshot_now(&self, instance: &Arc<Instance>, gone: &SnapshotRow) -> Result<()> {
+        let (row, id) = (instance.row(), gone.id);
+        // Others may have had their turn since: it is deleted once, and only under the name that was given.
+        let gone = find(&row, gone.name.as_str())?.clone();
+        if gone.id != id {
+            return Err(not_found(row.name.as_str(), gone.name.as_str()));
+        }
         instance
             .change(|row| {
                 let snapshots = Arc::make_mut(&mut row.snapshots);
