@@ -522,18 +522,15 @@ impl Walk {
 
     /// Compares what is with what may be.
     fn look(&mut self) {
-        let shown = settles(
-            &self.daemon,
-            self.name,
-            &["Running", "Suspended", "Stopped"],
-            60,
-        );
+        // A daemon that has just begun tells what it knew before until it has looked for the machine.
+        let shown = wait_until("its state and its machine agree", 60, || {
+            let shown = self.daemon.state(self.name);
+            let settled = ["Running", "Suspended", "Stopped"].contains(&shown.as_str());
+            let machines = usize::from(shown == "Running");
+            (settled && self.daemon.machines().len() == machines).then_some(shown)
+        });
         let state = State::of(&shown);
         self.rule_out(&shown, |world| world.state == state);
-        let expected = usize::from(state == State::Running);
-        wait_until("machines are as many as run", 20, || {
-            (self.daemon.machines().len() == expected).then_some(())
-        });
         let names: Vec<&String> = self.snapshots.keys().collect();
         let mut shown = self.shown_snapshots();
         shown.sort();
