@@ -145,7 +145,8 @@ const PAUSE: Duration = Duration::from_millis(30);
 
 /// Removes a large file without waiting for its space; one that is not there is fine. A file system may
 /// need seconds for some hundred MiB (measured: 1 to 3.5 s, ext4 with `discard`), in which every other
-/// write waits as well. So a thread gives the space back piece by piece, unless the file has another name.
+/// write waits as well. So a thread gives the space back piece by piece, unless the file has another name, or
+/// this process still reads it elsewhere (an export does, to the end).
 pub fn discard(path: &Path) -> Result<()> {
     let mut options = File::options();
     options
@@ -163,14 +164,29 @@ pub fn discard(path: &Path) -> Result<()> {
 fn give_back(file: &File) {
     let Ok(meta) = file.metadata() else { return };
     let mut left = meta.len();
-    // Nobody can give it a name again.
-    while meta.nlink() == 0 && left > PIECE {
+    if meta.nlink() > 0 || left <= PIECE || is_open_twice(&meta) {
+        return;
+    }
+    // Nobody can give it a name again, or open it.
+    while left > PIECE {
         left -= PIECE;
         if file.set_len(left).is_err() {
             return;
         }
         std::thread::sleep(PAUSE);
     }
+}
+
+/// Whether this process has more than one descriptor of a file; if that can't be told, it may have.
+fn is_open_twice(meta: &fs::Metadata) -> bool {
+    let Ok(open) = fs::read_dir("/proc/self/fd") else {
+        return true;
+    };
+    let same = |other: fs::Metadata| (other.dev(), other.ino()) == (meta.dev(), meta.ino());
+    let same = open
+        .flatten()
+        .filter(|fd| fs::metadata(fd.path()).is_ok_and(same));
+    same.count() > 1
 }
 
 pub fn set_mode(path: &Path, mode: u32) -> Result<()> {
@@ -263,7 +279,6 @@ mod tests {
         let text = vec![7; usize::try_from(3 * PIECE).unwrap()];
         fs::write(&path, &text).unwrap();
         fs::hard_link(&path, &other).unwrap();
-        let open = File::open(&path).unwrap();
         discard(&path).unwrap();
         assert!(!path.exists());
         // A new file of the same name is another one.
@@ -271,20 +286,43 @@ mod tests {
         std::thread::sleep(4 * PAUSE);
         assert_eq!(fs::read(&other).unwrap(), text);
         assert_eq!(fs::read(&path).unwrap(), b"new");
+        // Another process shows how much is left of it.
+        let mut holder = std::process::Command::new("cat")
+            .stdin(File::open(&other).unwrap())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let open = format!("/proc/{}/fd/0", holder.id());
         discard(&other).unwrap();
         let until = std::time::Instant::now() + Duration::from_secs(20);
-        while open.metadata().unwrap().len() > PIECE {
+        while fs::metadata(&open).unwrap().len() > PIECE {
             assert!(
                 std::time::Instant::now() < until,
                 "its space is not given back"
             );
             std::thread::sleep(PAUSE);
         }
+        holder.kill().unwrap();
+        holder.wait().unwrap();
         // A link is removed, not what it leads to.
         let link = dir.path().join("c");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         discard(&link).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
+    }
+
+    #[test]
+    fn what_is_read_while_it_is_discarded_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let text = vec![7; usize::try_from(2 * PIECE).unwrap()];
+        fs::write(&path, &text).unwrap();
+        let mut open = File::open(&path).unwrap();
+        discard(&path).unwrap();
+        std::thread::sleep(4 * PAUSE);
+        let mut read = Vec::new();
+        open.read_to_end(&mut read).unwrap();
+        assert!(read == text, "{} bytes", read.len());
     }
 
     #[test]
