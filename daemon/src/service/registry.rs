@@ -24,9 +24,9 @@ const INTERRUPT_EVERY: Duration = Duration::from_millis(100);
 /// One instance.
 pub struct Instance {
     pub id: Uuid,
-    row: RwLock<InstanceRow>,
+    row: Arc<RwLock<InstanceRow>>,
     /// Held while a change travels to the database, so that changes don't overtake each other.
-    writing: tokio::sync::Mutex<()>,
+    writing: Arc<tokio::sync::Mutex<()>>,
     machine: OnceLock<Result<Machine<QemuDriver>, ErrorBody>>,
     /// Told when the machine is there.
     settled: Notify,
@@ -40,8 +40,8 @@ impl Instance {
     pub fn new(row: InstanceRow, state: State, hub: Hub) -> Arc<Self> {
         Arc::new(Self {
             id: row.id,
-            row: RwLock::new(row),
-            writing: tokio::sync::Mutex::new(()),
+            row: Arc::new(RwLock::new(row)),
+            writing: Arc::default(),
             machine: OnceLock::new(),
             settled: Notify::new(),
             turn: Arc::default(),
@@ -141,41 +141,50 @@ impl Instance {
         self.machine.get()?.as_ref().ok().map(Machine::snapshot)
     }
 
-    /// Changes the row, in the database and then here.
+    /// Changes the row, in the database and then here: both, or neither, though whoever asks for it goes
+    /// meanwhile.
     pub async fn change(&self, change: impl FnOnce(&mut InstanceRow)) -> Result<InstanceRow> {
-        let _turn = self.writing.lock().await;
+        let writing = self.writing.clone().lock_owned().await;
         let before = self.row();
         let mut row = before.clone();
         change(&mut row);
         if row == before {
             return Ok(row);
         }
-        let (record, renamed) = (row.clone(), row.name != before.name);
-        self.state
-            .run(move |tx| {
-                if renamed {
-                    state::instances::name_is_free(tx, record.id, &record.name)?;
-                }
-                state::instances::update(tx, &record)
-            })
-            .await?;
-        *self.row.write().unwrap_or_else(PoisonError::into_inner) = row.clone();
-        let shown = |row: &InstanceRow| (row.stage, row.deleted, row.name.clone(), row.shutdown_at);
-        if shown(&row) != shown(&before) {
-            self.tell(&row);
-        }
-        Ok(row)
+        let (state, hub, kept) = (self.state.clone(), self.hub.clone(), self.row.clone());
+        let commit = async move {
+            let _writing = writing;
+            let (record, renamed) = (row.clone(), row.name != before.name);
+            state
+                .run(move |tx| {
+                    if renamed {
+                        state::instances::name_is_free(tx, record.id, &record.name)?;
+                    }
+                    state::instances::update(tx, &record)
+                })
+                .await?;
+            *kept.write().unwrap_or_else(PoisonError::into_inner) = row.clone();
+            let shown =
+                |row: &InstanceRow| (row.stage, row.deleted, row.name.clone(), row.shutdown_at);
+            if shown(&row) != shown(&before) {
+                tell(&hub, &row);
+            }
+            Ok(row)
+        };
+        tokio::spawn(commit)
+            .await
+            .map_err(|err| Error::internal("A change broke off").with_source(err))?
     }
+}
 
-    fn tell(&self, row: &InstanceRow) {
-        if let Stage::Is(state) = row.stage {
-            self.hub.send(Event::Instance {
-                id: row.id,
-                name: row.name.clone(),
-                state,
-                deleted: row.deleted,
-            });
-        }
+fn tell(hub: &Hub, row: &InstanceRow) {
+    if let Stage::Is(state) = row.stage {
+        hub.send(Event::Instance {
+            id: row.id,
+            name: row.name.clone(),
+            state,
+            deleted: row.deleted,
+        });
     }
 }
 
@@ -302,4 +311,49 @@ fn deleted(name: &str) -> Error {
     .advise(format!(
         "`pileus recover {name}` brings it back, `pileus purge` ends it."
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::instances::tests::row;
+
+    #[tokio::test]
+    async fn a_change_is_in_both_places_though_whoever_asked_has_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::open(&dir.path().join("a.db")).unwrap();
+        let record = row("foo", 1);
+        let inserted = record.clone();
+        let insert = state.run(move |tx| state::instances::insert(tx, &inserted));
+        insert.await.unwrap();
+        let instance = Instance::new(record, state.clone(), Hub::new());
+        // The disk is busy: nothing is written until we say so.
+        let (free, busy) = std::sync::mpsc::channel::<()>();
+        let (begun, begins) = tokio::sync::oneshot::channel();
+        let held = state.clone();
+        let hold = tokio::spawn(async move {
+            let hold = held.run(move |_| {
+                let _ = begun.send(());
+                let _ = busy.recv();
+                Ok(())
+            });
+            hold.await
+        });
+        begins.await.unwrap();
+        {
+            let change = instance.change(|row| row.spec.cpus = 7);
+            let mut change = std::pin::pin!(change);
+            assert!(futures_util::poll!(&mut change).is_pending());
+            // On its way to the database.
+            tokio::task::yield_now().await;
+        }
+        free.send(()).unwrap();
+        hold.await.unwrap().unwrap();
+        // Waits for the one before.
+        let row = instance.change(|row| row.spec.memory.0 += 1).await.unwrap();
+        assert_eq!(row.spec.cpus, 7);
+        assert_eq!(instance.row(), row);
+        let (kept, _) = state.run(state::instances::all).await.unwrap();
+        assert_eq!(kept, [row]);
+    }
 }
