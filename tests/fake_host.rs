@@ -32,7 +32,7 @@ fn post(daemon: &Daemon, path: &str, body: &Value) -> (u16, Value) {
 fn until(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !done() {
-        assert!(begin.elapsed() < Duration::from_secs(20), "{what}");
+        assert!(begin.elapsed() < Duration::from_secs(60), "{what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -186,7 +186,7 @@ fn fake_a_console_has_one_client() {
 fn upgrade(daemon: &Daemon, name: &str) -> (u16, String, UnixStream) {
     let mut stream = UnixStream::connect(daemon.socket()).unwrap();
     stream
-        .set_read_timeout(Some(Duration::from_secs(5)))
+        .set_read_timeout(Some(Duration::from_secs(30)))
         .unwrap();
     write!(
         stream,

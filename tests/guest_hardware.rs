@@ -1,10 +1,10 @@
 //! Real guests on hardware that an image chose: the old chipset, a display, sound, USB, cards of old. Our
-//! channel does not depend on any of it.
+//! channel does not depend on any of it. And one whose hardware grows while it runs.
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 
-use pileus_testkit::{Daemon, GUEST_IMAGE, Need, Options, Output, need};
+use pileus_testkit::{Daemon, GUEST_IMAGE, Need, OLDER_GUEST_IMAGE, Options, Output, need};
 use serde_json::{Value, json};
 
 use crate::guests::instance;
@@ -158,4 +158,66 @@ fn guest_hardware_that_its_kernel_has_no_driver_for() {
         );
     }
     assert_eq!(daemon.exec("foo", &["hostname"]), "foo\n");
+}
+
+/// How many processors it works with, and what it has of memory, in MiB.
+fn shape(daemon: &Daemon) -> (String, u64) {
+    let memory = daemon.script("foo", "awk '/MemTotal/ {print $2}' /proc/meminfo");
+    let kib: u64 = memory.trim().parse().unwrap();
+    let cpus = daemon.exec("foo", &["nproc"]);
+    (cpus.trim().to_owned(), kib / 1024)
+}
+
+#[test]
+fn guest_hardware_that_comes_later() {
+    if !need(&[Need::Root, Need::Tun, Need::Guest]) {
+        return;
+    }
+    let host = std::thread::available_parallelism().unwrap().get();
+    if host < 2 {
+        // A machine has no more places for processors than its host has processors.
+        eprintln!("SKIPPED: this test needs two processors");
+        return;
+    }
+    let daemon = Daemon::start(Options::older());
+    daemon
+        .run(&["launch", OLDER_GUEST_IMAGE, "-n", "foo", "-c", "1"])
+        .ok_with_words();
+    let set = |setting: &str| daemon.run(&["set", &format!("local.foo.{setting}")]).ok();
+    let boot = daemon.script("foo", "cat /proc/sys/kernel/random/boot_id");
+    let (one, small) = shape(&daemon);
+    assert_eq!(one, "1");
+
+    set("cpus=2");
+    set("memory=1280M");
+    let (two, large) = shape(&daemon);
+    assert_eq!(two, "2");
+    assert!((200..=256).contains(&(large - small)), "{small}, {large}");
+    assert_eq!(daemon.exec("foo", &["taskset", "-c", "1", "nproc"]), "1\n");
+    assert_eq!(daemon.field("foo", "/pending"), Value::Null);
+
+    // It has them still after its memory was saved, with a snapshot too.
+    daemon
+        .run(&["snapshot", "foo", "--name", "large", "--with-memory"])
+        .ok();
+    daemon.run(&["suspend", "foo"]).ok_with_words();
+    daemon.run(&["start", "foo"]).ok_with_words();
+    assert_eq!(shape(&daemon), (two.clone(), large));
+    assert_eq!(
+        daemon.script("foo", "cat /proc/sys/kernel/random/boot_id"),
+        boot
+    );
+
+    // Memory goes back at once; a processor stays until the next boot, and that is told.
+    set("memory=1G");
+    set("cpus=1");
+    assert_eq!(shape(&daemon).0, "2");
+    assert!(shape(&daemon).1 < large);
+    assert_eq!(daemon.field("foo", "/pending/cpus"), 1);
+    daemon.run(&["restart", "foo"]).ok_with_words();
+    assert_eq!(shape(&daemon), (one, small));
+    daemon
+        .run(&["restore", "--destructive", "foo.large"])
+        .ok_with_words();
+    assert_eq!(shape(&daemon), (two, large));
 }

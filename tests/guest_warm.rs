@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use pileus_testkit::{Daemon, GUEST_IMAGE, Need, Options, files_below, need, wait_until};
 
@@ -345,10 +344,8 @@ fn guest_standby_clones() {
         (daemon.machines().len() == 4).then_some(())
     });
     daemon.run(&["set", "local.warm-pool=0"]).ok();
-    wait_until("it is let go", 20, || {
-        (daemon.machines().len() == 3).then_some(())
+    wait_until("it is let go, with its folder", 20, || {
+        let folders = std::fs::read_dir(daemon.storage().join("data/instances"));
+        (daemon.machines().len() == 3 && folders.unwrap().count() == 3).then_some(())
     });
-    std::thread::sleep(Duration::from_millis(100));
-    let folders = std::fs::read_dir(daemon.storage().join("data/instances"));
-    assert_eq!(folders.unwrap().count(), 3);
 }

@@ -9,9 +9,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::cli::Output;
+use crate::image::{self, GUEST_IMAGE, OLDER_GUEST_IMAGE};
 use crate::netns::Namespace;
+use crate::program;
 use crate::template::{self, Planted};
-use crate::{image, program};
 
 /// Where a daemon finds programs.
 pub(crate) const PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin";
@@ -21,8 +22,8 @@ pub(crate) const PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin";
 pub struct Options {
     /// With the stand-in for QEMU.
     pub fake_qemu: bool,
-    /// With the shared guest image in its store.
-    pub guest_image: bool,
+    /// With this shared guest image in its store.
+    pub guest_image: Option<&'static str>,
     /// With the shared template of that image.
     pub template: bool,
     /// What `--warm` says: no test wants templates to be made behind its back.
@@ -39,7 +40,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             fake_qemu: false,
-            guest_image: false,
+            guest_image: None,
             template: false,
             warm: "off",
             own_meminfo: false,
@@ -59,7 +60,15 @@ impl Options {
 
     pub fn real() -> Self {
         Self {
-            guest_image: true,
+            guest_image: Some(GUEST_IMAGE),
+            ..Self::default()
+        }
+    }
+
+    /// Real guests of an older Debian, whose kernel takes under emulation what newer ones don't.
+    pub fn older() -> Self {
+        Self {
+            guest_image: Some(OLDER_GUEST_IMAGE),
             ..Self::default()
         }
     }
@@ -105,10 +114,10 @@ impl Daemon {
             mounted: false,
         };
         fs::create_dir_all(daemon.home()).expect("a folder can be made");
-        if daemon.options.guest_image {
+        if let Some(source) = daemon.options.guest_image {
             let images = daemon.storage().join("data/images");
             fs::create_dir_all(&images).expect("a folder can be made");
-            let image = image::shared();
+            let image = image::shared(source);
             image::plant(&image::folder_of(&image), &images);
             if daemon.options.template {
                 let template = template::guest_template(&image);
@@ -267,7 +276,7 @@ impl Daemon {
     /// If it doesn't answer.
     pub fn start_again(&mut self) {
         self.spawn();
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(60);
         while !self.answers() {
             let ended = self
                 .child

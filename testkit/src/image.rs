@@ -1,5 +1,5 @@
-//! The one guest image that all tests share: built once by the real build host, kept in the target
-//! folder, and put into each daemon's store by hard links.
+//! The guest images that tests share: built once by the real build host, kept in the target folder, and put
+//! into each daemon's store by hard links. All but one test use the same image.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -10,6 +10,8 @@ use pileus_images::{Image, Store, StoreConfig};
 
 /// What tests call the image, and what it was made as.
 pub const GUEST_IMAGE: &str = "build:debian-13";
+/// Its kernel does not ask whether the hardware is real before it takes processors that come later.
+pub const OLDER_GUEST_IMAGE: &str = "build:debian-12";
 
 /// The image's folder in a store that outlives the tests. The first caller builds it (about a
 /// minute, over the machine's own network); others wait for it.
@@ -17,25 +19,21 @@ pub const GUEST_IMAGE: &str = "build:debian-13";
 /// # Panics
 /// If the build fails.
 pub fn guest_image() -> PathBuf {
-    folder_of(&shared())
+    folder_of(&shared(GUEST_IMAGE))
 }
 
 /// The same as the store knows it.
-pub(crate) fn shared() -> Arc<Image> {
+pub(crate) fn shared(source: &str) -> Arc<Image> {
     let root = store_root();
     fs::create_dir_all(&root).expect("the store's folder can be made");
     let lock = File::create(root.join("build.lock")).expect("a lock file can be made");
     lock.lock().expect("the lock can be taken");
-    obtain(&root)
+    get(&root.join("images"), source)
 }
 
 pub(crate) fn folder_of(image: &Image) -> PathBuf {
     let folder = image.disk().parent().map(Path::to_owned);
     folder.expect("a disk lies in its image's folder")
-}
-
-fn obtain(root: &Path) -> Arc<Image> {
-    get(&root.join("images"), GUEST_IMAGE)
 }
 
 /// Brings a raw disk into a store that no daemon has open.

@@ -15,7 +15,7 @@ mod template;
 pub use api::{Api, Refusal};
 pub use cli::Output;
 pub use daemon::{Daemon, Options};
-pub use image::{GUEST_IMAGE, guest_image};
+pub use image::{GUEST_IMAGE, OLDER_GUEST_IMAGE, guest_image};
 pub use netns::Namespace;
 pub use template::Planted;
 
@@ -102,19 +102,24 @@ fn find(name: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// Tries again and again until `check` gives something.
+/// How much slower than a quiet machine one may be that builds or tests other things beside.
+const PATIENCE: u64 = 3;
+
+/// Tries again and again until `check` gives something. `seconds` are what a quiet machine may need; a loaded
+/// one gets three times as many.
 ///
 /// # Panics
-/// If it gives nothing within `seconds`.
+/// If it gives nothing within that.
 pub fn wait_until<T>(what: &str, seconds: u64, mut check: impl FnMut() -> Option<T>) -> T {
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(seconds);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(seconds * PATIENCE);
     loop {
         if let Some(found) = check() {
             return found;
         }
         assert!(
             std::time::Instant::now() < until,
-            "{what} did not happen within {seconds} s"
+            "{what} did not happen within {} s",
+            seconds * PATIENCE
         );
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
