@@ -68,14 +68,18 @@ fn against_tools(folder: &Path, rounds: u32, shape: Shape, table: &mut Table) ->
     timed(layer.current_dir(folder))?;
     let (mut ours, mut theirs, mut parts) = (Times::default(), Times::default(), Vec::new());
     let (mut size, mut other) = (0, 0);
+    let (mut our_work, mut their_work) = (Times::default(), Times::default());
     for _ in 0..rounds {
         settle()?;
         let target = folder.join("ours.tar.zst");
+        let before = worked()?;
         let (took, packed) = packed(&disk, &target)?;
         ours.add(took);
+        our_work.add(worked()? - before);
         size = packed.size;
         std::fs::remove_file(&target)?;
         settle()?;
+        let before = worked()?;
         let began = Instant::now();
         let tar = Command::new("tar")
             .args(["-Scf", "image.tar", DISK, LAYER, MACHINE])
@@ -87,6 +91,7 @@ fn against_tools(folder: &Path, rounds: u32, shape: Shape, table: &mut Table) ->
             .current_dir(folder)
             .status()?;
         theirs.add(began.elapsed());
+        their_work.add(worked()? - before);
         ensure!(tar.success() && zstd.success(), "tar or zstd failed");
         parts.push(format!("{} + {}", show(half), show(began.elapsed() - half)));
         other = std::fs::metadata(folder.join("theirs.tar.zst"))?.len();
@@ -106,9 +111,23 @@ fn against_tools(folder: &Path, rounds: u32, shape: Shape, table: &mut Table) ->
         bound: format!("≤ {SHARE}"),
         met: Some(share <= SHARE),
     });
+    // On a machine that does other things besides, this tells more than the time that went by.
+    table.note(
+        "… time of processors, of all threads",
+        our_work.show(),
+        format!(
+            "{}; {:.2} of it is ours",
+            their_work.show(),
+            ratio(our_work.median(), their_work.median())
+        ),
+    );
     table.note(
         "… bytes of the archive; of a temporary tar",
-        format!("{}; none", mib(size)),
+        format!(
+            "{} ({:.3} of the other); none",
+            mib(size),
+            size as f64 / other as f64
+        ),
         format!("{}; {}", mib(other), mib(allocated(folder))),
     );
     std::fs::remove_file(disk)?;
@@ -159,6 +178,16 @@ fn packed(disk: &Path, target: &Path) -> Result<(Duration, Packed)> {
     let packed = pack_to_file(&source, target, threads, &Reporter::silent());
     let packed = packed.map_err(|err| anyhow::anyhow!("{err}"))?;
     Ok((began.elapsed(), packed))
+}
+
+/// Time that processors worked for this process and its children that have ended.
+fn worked() -> Result<Duration> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let fields = stat.rsplit(')').next().context("no fields")?;
+    // utime, stime, cutime, cstime: hundredths of a second.
+    let times = fields.split_whitespace().skip(11).take(4);
+    let times = times.map(str::parse).collect::<Result<Vec<u64>, _>>()?;
+    Ok(Duration::from_millis(10 * times.iter().sum::<u64>()))
 }
 
 /// What was written before is on the disk, and nobody's time is spent on it any more.

@@ -105,6 +105,16 @@ impl<W: Write> Tar<W> {
         Ok(())
     }
 
+    /// Counts data that gets to its place another way.
+    pub fn skip(&mut self, len: u64) {
+        self.written += len;
+    }
+
+    /// Bytes so far.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
     pub fn end_member(&mut self) -> Result<()> {
         self.pad(BLOCK)
     }

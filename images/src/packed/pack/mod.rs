@@ -5,7 +5,9 @@
 //! ```text
 //! survey   the disk's data, holes and digest     many threads, page cache warm afterwards
 //! layer    an empty layer.qcow2
-//! file     the stream, into a file
+//! stream   the tar as it will be, any part of it
+//! press    the tar → frames of zstd             many threads
+//! file     the archive, into a file
 //! ```
 //!
 //! The small members go first, so that who looks at an archive needs not read all of it.
@@ -14,27 +16,28 @@
 
 mod file;
 mod layer;
+mod press;
+mod stream;
 mod survey;
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 
 use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt};
 use sha2::Digest as _;
 
 use super::machine::Machine;
 use super::manifest::{DiskMember, Manifest, Member, Members, Provenance};
-use super::{DISK, LAYER, MACHINE, MANIFEST};
-use crate::archive::extents::{Extent, is_dense};
-use crate::archive::out::{Tar, compress, failed};
+use super::{LAYER, MACHINE, MANIFEST};
+use crate::archive::out::{Tar, failed};
 pub use file::pack_to_file;
-use survey::{Survey, survey};
+use press::press;
+use stream::Stream;
+use survey::survey;
 
 const LOOKING: &str = "Looking at the disk";
 const SECTOR: u64 = 512;
-/// What is read at once.
-const PIECE: u64 = 1 << 20;
 
 /// What an archive is made of.
 #[derive(Debug, Clone)]
@@ -91,12 +94,17 @@ pub fn pack(
         },
         source.provenance.clone(),
     );
-    let mut tar = Tar::new(compress(Hashed::new(to), threads as u32)?);
+    let mut tar = Tar::new(Vec::new());
     tar.bytes(MANIFEST, &manifest.to_json()?)?;
     tar.bytes(MACHINE, &machine)?;
     tar.bytes(LAYER, &layer)?;
-    put_disk(&mut tar, source.disk, size, &seen, &mut progress)?;
-    let mut hashed = tar.finish()?.finish().map_err(failed)?;
+    let stream = Stream::new(tar, source.disk, size, &seen.extents)?;
+    progress.write(stream.len());
+    let mut hashed = Hashed::new(to);
+    press(&stream, threads, &mut |frame, bytes| {
+        hashed.write_all(frame).map_err(failed)?;
+        progress.moved(bytes)
+    })?;
     hashed.flush().map_err(failed)?;
     if State::of(source.disk)? != before {
         return Err(Error::new(
@@ -110,29 +118,6 @@ pub fn pack(
         size: hashed.written,
         manifest,
     })
-}
-
-fn put_disk<W: Write>(
-    tar: &mut Tar<W>,
-    disk: &File,
-    size: u64,
-    seen: &Survey,
-    progress: &mut Progress<'_>,
-) -> Result<()> {
-    progress.write(&seen.extents);
-    tar.begin_member(DISK, &seen.extents, size, is_dense(&seen.extents, size))?;
-    let mut buffer = vec![0; PIECE as usize];
-    for extent in &seen.extents {
-        let mut at = extent.offset;
-        while at < extent.end() {
-            let piece = &mut buffer[..(extent.end() - at).min(PIECE) as usize];
-            disk.read_exact_at(piece, at).io("Reading the disk")?;
-            tar.data(piece)?;
-            at += piece.len() as u64;
-            progress.moved(piece.len() as u64)?;
-        }
-    }
-    tar.end_member()
 }
 
 /// What shows that a file was written to.
@@ -204,9 +189,9 @@ impl<'a> Progress<'a> {
         }
     }
 
-    fn write(&mut self, extents: &[Extent]) {
+    fn write(&mut self, bytes: u64) {
         self.done = 0;
-        self.of = extents.iter().map(|extent| extent.len).sum();
+        self.of = bytes;
         self.writing = true;
     }
 
