@@ -367,8 +367,11 @@ pub(crate) fn absolute(image: &str, folder: &Path) -> String {
         Some(path) => folder.join(path),
         None => {
             let path = folder.join(image);
-            // Only what looks like a path, so that a file by chance named as an image is no trap.
-            if !image.contains('/') || image.contains("://") || !path.exists() {
+            // Only what looks like a path, so that a file by chance named as an image is no trap. What can only be a path
+            // is one even if nothing is there: that is what the daemon then tells.
+            let only_a_path = ["/", "./", "../"].iter().any(|p| image.starts_with(p));
+            let a_path = image.contains('/') && !image.contains("://") && path.exists();
+            if !only_a_path && !a_path {
                 return image.to_owned();
             }
             path
@@ -518,6 +521,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("a.img"), "").unwrap();
         let full = format!("file://{}/a.img", dir.path().display());
+        let none = format!("file://{}/none.img", dir.path().display());
         for (image, expected) in [
             ("debian-13", "debian-13"),
             ("build:debian-13", "build:debian-13"),
@@ -525,7 +529,9 @@ mod tests {
             ("file:///x/y", "file:///x/y"),
             ("a.img", "a.img"),
             ("./a.img", full.as_str()),
-            ("./none.img", "./none.img"),
+            ("./none.img", none.as_str()),
+            ("none/none", "none/none"),
+            ("/none/x.img", "file:///none/x.img"),
             ("file://a.img", full.as_str()),
             (&full["file://".len()..], full.as_str()),
         ] {

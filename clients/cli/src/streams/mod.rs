@@ -3,7 +3,9 @@
 //! ```text
 //! send.rs     a file or standard input → daemon       import, image import, image inspect
 //! receive.rs  daemon → a file or standard output      export, image export, image pack, image build
+//! part.rs     the file that is written until it is complete
 //! ```
 
+mod part;
 pub(crate) mod receive;
 pub(crate) mod send;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use pileus_api::OperationState;
-use pileus_base::{Error, Result, ResultExt, files};
+use pileus_base::{Code, Error, Result, ResultExt};
 use pileus_client::Client;
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
@@ -16,6 +16,7 @@ use crate::context::Context;
 use crate::error::CommandError;
 use crate::session;
 use crate::signals::Signals;
+use crate::streams::part::Part;
 
 /// Where it is to go.
 #[derive(Debug, Clone)]
@@ -74,18 +75,21 @@ impl Target {
         let mut signals = Signals::to_end().io("Listening to signals")?;
         let work = async {
             match self {
-                Self::Stdout => fetch(context, client, about, begin, io::stdout()).await,
+                Self::Stdout => {
+                    let to = (io::stdout(), "Writing to standard output");
+                    fetch(context, client, about, begin, to).await
+                }
                 Self::File { path, force } => {
+                    let what = format!("Writing {}", path.display());
                     // Special files are written as they are.
                     let special = path.metadata().is_ok_and(|found| !found.is_file());
                     if special {
-                        let what = format!("Opening {}", path.display());
-                        let into = File::options().write(true).open(path).io(what)?;
-                        return fetch(context, client, about, begin, into).await;
+                        let into = File::options().write(true).open(path).io(&what)?;
+                        return fetch(context, client, about, begin, (into, &what)).await;
                     }
                     let part = Part::create(path)?;
-                    let into = part.file.try_clone().io("Opening the file")?;
-                    fetch(context, client, about, begin, into).await?;
+                    let into = part.writer()?;
+                    fetch(context, client, about, begin, (into, &what)).await?;
                     let (path, force) = (path.clone(), *force);
                     tokio::task::spawn_blocking(move || part.finish(&path, force))
                         .await
@@ -100,13 +104,13 @@ impl Target {
     }
 }
 
-/// Receives bytes and writes them.
+/// Receives bytes and writes them; `what` says where to, should that fail.
 async fn fetch<S>(
     context: &Context,
     client: &Client,
     about: &str,
     begin: impl AsyncFnOnce() -> Result<(Uuid, S)>,
-    to: impl Write + Send + 'static,
+    (to, what): (impl Write + Send + 'static, &str),
 ) -> Result<(), CommandError>
 where
     S: Stream<Item = Result<Bytes>>,
@@ -134,7 +138,7 @@ where
         match written.map_err(|_| Error::internal("Writing broke off"))? {
             // Nobody wants to read any more: not an error of this program.
             Err(err) if err.kind() == io::ErrorKind::BrokenPipe => Err(err.into()),
-            written => Ok::<_, CommandError>(written.io("Writing the archive")?),
+            written => Ok::<_, CommandError>(written.io(what).map_err(no_room)?),
         }
     };
     let (received, told) = tokio::join!(received, told);
@@ -171,63 +175,15 @@ fn write(
     (sender, written)
 }
 
-/// A file that gets its name when it is complete; dropped before, it goes.
-struct Part {
-    path: PathBuf,
-    file: File,
-    kept: bool,
-}
-
-impl Part {
-    fn create(target: &Path) -> Result<Self, CommandError> {
-        let mut path = target.as_os_str().to_owned();
-        path.push(".part");
-        let path = PathBuf::from(path);
-        // What one that was killed has left.
-        files::remove_file(&path)?;
-        let file = File::create_new(&path).io(format_args!("Creating {}", path.display()))?;
-        Ok(Self {
-            path,
-            file,
-            kept: false,
-        })
-    }
-
-    fn finish(mut self, target: &Path, force: bool) -> Result<(), CommandError> {
-        let what = format!("Writing {}", target.display());
-        self.file.sync_all().io(&what)?;
-        match force {
-            true => std::fs::rename(&self.path, target).io(&what)?,
-            // Without replacing one that came meanwhile; a file system that has no links is asked differently.
-            false => match std::fs::hard_link(&self.path, target) {
-                Ok(()) => {
-                    self.kept = true;
-                    files::remove_file(&self.path)?;
-                }
-                Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {
-                    return Err(exists(target));
-                }
-                Err(_) if target.symlink_metadata().is_ok() => return Err(exists(target)),
-                Err(_) => std::fs::rename(&self.path, target).io(&what)?,
-            },
-        }
-        self.kept = true;
-        let folder = target.parent().filter(|p| !p.as_os_str().is_empty());
-        files::sync_folder(folder.unwrap_or(Path::new(".")))?;
-        Ok(())
+/// What fills up here is not the daemon's storage: images that are pruned there make no room.
+fn no_room(err: Error) -> Error {
+    match err.code {
+        Code::NoSpace => err.advise("Make room there, or write it elsewhere."),
+        _ => err,
     }
 }
 
-impl Drop for Part {
-    fn drop(&mut self) {
-        if !self.kept {
-            // There is nobody left to tell.
-            let _ = files::remove_file(&self.path);
-        }
-    }
-}
-
-fn exists(file: &Path) -> CommandError {
+pub(super) fn exists(file: &Path) -> CommandError {
     let text = format!("{} is there already", file.display());
     CommandError::usage(text).hint("--force replaces it.")
 }
