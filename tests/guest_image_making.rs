@@ -245,14 +245,8 @@ fn initrd_with(name: &str, content: &str) -> Vec<u8> {
     bytes
 }
 
-/// A kernel with an initrd writes to an empty disk and powers off: the disk becomes an image.
-#[test]
-fn guest_kernels_install() {
-    if !need(&NEEDS) {
-        return;
-    }
-    let here = Daemon::start(Options::real());
-    let init = "\
+/// An installer: it writes to the disk and powers off.
+const INSTALL: &str = "\
 #!/bin/sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mkdir -p /proc /sys /dev
@@ -268,21 +262,80 @@ sync
 echo installed
 poweroff -f
 ";
-    let mut initrd = initrd_with("install", init);
-    initrd.extend(fs::read(beside_the_image(&here, "initrd")).unwrap());
-    fs::write(here.folder().join("initrd"), initrd).unwrap();
-    fs::copy(
-        beside_the_image(&here, "kernel"),
-        here.folder().join("vmlinuz"),
-    )
-    .unwrap();
-    let text = "from: {kernel: vmlinuz, initrd: initrd, cmdline: console=ttyS0 rdinit=/install}\n\
-                disk: 16M\nmemory: 512M\ntimeout: 10m\n";
-    let recipe = write(here.folder(), "recipe.yaml", text);
+
+/// The installer's kernel and initrd, in the daemon's folder.
+fn installer(here: &Daemon) {
+    let mut initrd = initrd_with("install", INSTALL);
+    initrd.extend(fs::read(beside_the_image(here, "initrd")).unwrap());
+    fs::create_dir_all(here.folder().join("cd")).unwrap();
+    fs::write(here.folder().join("cd/initrd"), initrd).unwrap();
+    let kernel = beside_the_image(here, "kernel");
+    fs::copy(kernel, here.folder().join("cd/vmlinuz")).unwrap();
+}
+
+/// An empty disk, on which the installer ran, became an image.
+fn installs(here: &Daemon, from: &str) {
+    let text = format!("from: {from}\ndisk: 16M\nmachine: {{memory: 768}}\ntimeout: 10m\n");
+    let recipe = write(here.folder(), "recipe.yaml", &text);
     let out = here.folder().join("x.tar.zst").display().to_string();
     here.run(&["image", "build", &recipe, &out]).ok_with_words();
     let read = format!("zstd -dqc {out} | tar -xO disk.img | dd bs=512 skip=9 count=1 status=none");
     let read = Command::new("sh").args(["-c", &read]).output().unwrap();
     assert!(read.stdout.starts_with(b"it was installed\n"), "{read:?}");
     assert_eq!(here.run(&["list"]).ok(), "No instances found.\n");
+}
+
+#[test]
+fn guest_kernels_install() {
+    if !need(&NEEDS) {
+        return;
+    }
+    let here = Daemon::start(Options::real());
+    installer(&here);
+    installs(
+        &here,
+        "{kernel: cd/vmlinuz, initrd: cd/initrd, cmdline: console=ttyS0 rdinit=/install}",
+    );
+}
+
+/// By firmware, from a disc with a boot loader.
+#[test]
+fn guest_discs_install() {
+    if !need(&[&NEEDS[..], &[Need::Program("genisoimage")]].concat()) {
+        return;
+    }
+    let here = Daemon::start(Options::real());
+    installer(&here);
+    let cd = here.folder().join("cd");
+    for part in [
+        "/usr/lib/ISOLINUX/isolinux.bin",
+        "/usr/lib/syslinux/modules/bios/ldlinux.c32",
+    ] {
+        let name = Path::new(part).file_name().unwrap();
+        fs::copy(part, cd.join(name)).unwrap_or_else(|err| panic!("{part}: {err}"));
+    }
+    let loader = "serial 0\ndefault install\nlabel install\n  kernel vmlinuz\n  \
+                  append initrd=initrd console=ttyS0 rdinit=/install\n";
+    fs::write(cd.join("isolinux.cfg"), loader).unwrap();
+    let made = Command::new("genisoimage")
+        .args([
+            "-quiet",
+            "-rational-rock",
+            "-b",
+            "isolinux.bin",
+            "-c",
+            "boot.cat",
+        ])
+        .args([
+            "-no-emul-boot",
+            "-boot-load-size",
+            "4",
+            "-boot-info-table",
+            "-o",
+        ])
+        .args([&here.folder().join("installer.iso"), &cd])
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    installs(&here, "{iso: installer.iso}");
 }
