@@ -9,7 +9,7 @@ use pileus_api::{
     LeaseRequest, LogQuery, Operation, StartRequest, StopRequest,
 };
 
-use super::{Json, Path, Query, Reply};
+use super::{Json, Path, Query, Reply, whole};
 use crate::http::listener::Peer;
 use crate::service::Service;
 
@@ -127,7 +127,7 @@ pub async fn recover(
 #[utoipa::path(post, operation_id = "purge_instances", path = "/v1/purge", tag = "instances",
     responses((status = 200, description = "Names of the instances that are gone", body = Vec<String>)))]
 pub async fn purge(State(service): State<Service>) -> Reply<Json<Vec<String>>> {
-    Ok(Json(service.purge().await?))
+    Ok(Json(whole(async move { service.purge().await }).await?))
 }
 
 /// Renews the lease of a throw-away instance, or ends the lease and keeps the instance.

@@ -160,6 +160,15 @@ impl IntoResponse for Failure {
     }
 }
 
+/// Does what a request asks for to its end, though its client goes meanwhile: the half of a change would stay.
+/// What is an operation does that by itself.
+async fn whole<T: Send + 'static>(
+    work: impl Future<Output = pileus_base::Result<T>> + Send + 'static,
+) -> Reply<T> {
+    let done = tokio::spawn(work).await;
+    Ok(done.map_err(|err| Error::internal("The work broke off").with_source(err))??)
+}
+
 macro_rules! rejections {
     ($($rejection:ty),*) => {$(
         impl From<$rejection> for Failure {
@@ -193,6 +202,23 @@ pub struct Query<T>(pub T);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_change_goes_on_without_its_client() {
+        let (go, wait) = tokio::sync::oneshot::channel::<()>();
+        let (done, is_done) = tokio::sync::oneshot::channel::<()>();
+        {
+            let work = whole(async move {
+                let _ = wait.await;
+                let _ = done.send(());
+                Ok(())
+            });
+            let mut work = std::pin::pin!(work);
+            assert!(futures_util::poll!(&mut work).is_pending());
+        }
+        go.send(()).unwrap();
+        is_done.await.unwrap();
+    }
 
     /// `UPDATE_DOCS=1 cargo test -p pileusd` writes the document anew.
     #[test]

@@ -3,7 +3,7 @@
 use axum::extract::State;
 use pileus_api::{ErrorReply, Setting, SettingRequest};
 
-use super::{Json, Path, Reply};
+use super::{Json, Path, Reply, whole};
 use crate::service::Service;
 
 /// Lists all settings.
@@ -34,5 +34,6 @@ pub async fn set(
     Path(key): Path<String>,
     Json(request): Json<SettingRequest>,
 ) -> Reply<Json<Setting>> {
-    Ok(Json(service.set(&key, &request.value).await?))
+    let set = async move { service.set(&key, &request.value).await };
+    Ok(Json(whole(set).await?))
 }

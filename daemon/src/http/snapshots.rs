@@ -7,7 +7,7 @@ use pileus_api::{
     Snapshot, SnapshotReply, SnapshotRequest,
 };
 
-use super::{Json, Path, Reply};
+use super::{Json, Path, Reply, whole};
 use crate::service::Service;
 
 /// Lists the snapshots of all instances, those in the trash too.
@@ -115,7 +115,8 @@ pub async fn rename(
     Path(name): Path<String>,
     Json(request): Json<RenameRequest>,
 ) -> Reply<Json<Instance>> {
-    Ok(Json(service.rename(&name, &request).await?))
+    let renamed = async move { service.rename(&name, &request).await };
+    Ok(Json(whole(renamed).await?))
 }
 
 /// Writes a running instance's memory to disk and ends its VM; a start goes on where it was.

@@ -16,6 +16,7 @@ use pileus_instances::warm::{self, SavedWhole};
 
 use super::admission::Start;
 use super::given::{Given, seed_of};
+use super::launch::Reserved;
 use super::registry::Instance;
 use super::{Service, wiring};
 use crate::state::instances::InstanceRow;
@@ -46,34 +47,18 @@ impl Service {
         let mut clones = Vec::new();
         for name in &names {
             let spec = row.spec.for_another();
-            match self.reserve_row(Some(name.clone()), spec, None).await {
-                Ok(clone) => clones.push(clone),
-                Err(err) => {
-                    for clone in &clones {
-                        self.undo(clone).await;
-                    }
-                    return Err(err);
-                }
-            }
+            clones.push(self.reserve_for(Some(name.clone()), spec, None).await?);
         }
         let service = self.clone();
-        let made = clones.clone();
-        let begun = self
+        let operation = self
             .parts
             .operations
-            .begin(OperationKind::Fork, name, |report| async move {
-                service.carry_out_fork(&source, &made, &report).await
+            .begin(OperationKind::Fork, name, move |report| async move {
+                let clones: Vec<_> = clones.into_iter().map(Reserved::begin).collect();
+                service.carry_out_fork(&source, &clones, &report).await
             })
-            .await;
-        match begun {
-            Ok(operation) => Ok(ForkReply { operation, names }),
-            Err(err) => {
-                for clone in &clones {
-                    self.undo(clone).await;
-                }
-                Err(err)
-            }
-        }
+            .await?;
+        Ok(ForkReply { operation, names })
     }
 
     fn taken_names(&self) -> Vec<String> {
@@ -88,13 +73,18 @@ impl Service {
         report: &Reporter,
     ) -> Result<()> {
         let frozen = async {
-            let turn = source.turn(report).await?;
-            let frozen = self.freeze(source, report).await?;
-            drop(turn);
-            Ok(frozen)
+            let _turn = source.turn(report).await?;
+            let (memory, saved) = self.freeze(source, report).await?;
+            let from = source.row();
+            // Now: the memory fits these layers alone, and what nobody names is removed.
+            for clone in clones {
+                let names = clone.change(|row| row.spec.layers.clone_from(&from.spec.layers));
+                names.await?;
+            }
+            Ok((memory, saved, from))
         };
         let frozen = frozen.await;
-        let (memory, saved) = match frozen {
+        let (memory, saved, from) = match frozen {
             Ok(frozen) => frozen,
             Err(err) => {
                 for clone in clones {
@@ -108,10 +98,7 @@ impl Service {
             report.progress(done as u64, Some(clones.len() as u64));
             let wanted = report.check().is_ok();
             let forked = match wanted {
-                true => {
-                    self.fork_one(source, clone, &memory.0, &saved, report)
-                        .await
-                }
+                true => self.fork_one(&from, clone, &memory.0, &saved, report).await,
                 false => Err(Error::new(Code::Cancelled, "The operation was cancelled")),
             };
             if let Err(err) = forked {
@@ -155,31 +142,29 @@ impl Service {
 
     async fn fork_one(
         &self,
-        source: &Arc<Instance>,
+        from: &InstanceRow,
         clone: &Arc<Instance>,
         memory: &std::path::Path,
         saved: &Saved,
         report: &Reporter,
     ) -> Result<()> {
-        let from = source.row();
         let _promise = self.admit(from.spec.memory, Start::Cold).await?;
         let Some(image) = &from.spec.image else {
-            return Err(wiring::no_image(&from));
+            return Err(wiring::no_image(from));
         };
         let image = self
             .parts
             .store
             .get(&image.digest)
-            .ok_or_else(|| wiring::no_image(&from))?;
+            .ok_or_else(|| wiring::no_image(from))?;
         let row = clone
             .change(|row| {
-                row.spec.layers.clone_from(&from.spec.layers);
                 row.spec.origin = Origin::Fork {
                     of: from.name.clone(),
                 };
             })
             .await?;
-        self.write_copy(&from, &row).await?;
+        self.write_copy(from, &row).await?;
         let keys = InstanceKeys::load(&self.parts.layout.instance(row.id))?;
         let saved = SavedWhole {
             memory: File::open(memory).io("Opening a fork's memory")?,

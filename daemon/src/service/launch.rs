@@ -19,7 +19,7 @@ use pileus_api::{
     InstanceImage, InstanceState, LaunchRequest, Operation, OperationKind, Origin, PhaseTime,
     Timestamp,
 };
-use pileus_base::{Code, InstanceName, Phase, Reporter, Result, Size, files};
+use pileus_base::{Code, Error, InstanceName, Phase, Reporter, Result, Size, files};
 use pileus_images::{Image, overlay};
 use pileus_instances::driver::{QemuDriver, RunningVm, SEED};
 use pileus_instances::guest::keys::InstanceKeys;
@@ -38,6 +38,34 @@ use crate::http::listener::Peer;
 use crate::state;
 use crate::state::demand::Shape;
 use crate::state::instances::{ExtraNic, History, InstanceRow, Spec, Stage};
+
+/// An instance that has its row and nothing else. Unless the work that makes more of it begins, it goes.
+pub(super) struct Reserved {
+    service: Service,
+    instance: Arc<Instance>,
+    begun: bool,
+}
+
+impl Reserved {
+    pub fn name(&self) -> InstanceName {
+        self.instance.row().name
+    }
+
+    /// For the work, which undoes it itself if it comes to nothing.
+    pub fn begin(mut self) -> Arc<Instance> {
+        self.begun = true;
+        self.instance.clone()
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if !self.begun {
+            let (service, instance) = (self.service.clone(), self.instance.clone());
+            tokio::spawn(async move { service.undo(&instance).await });
+        }
+    }
+}
 
 /// A launch under way.
 pub(super) struct Work<'a> {
@@ -68,21 +96,17 @@ impl Service {
         // A host that can't run anything says so before anything is fetched.
         self.parts.hypervisor.get().await?;
         let nics = self.extra_nics(&order.request.networks).await?;
-        let instance = self.reserve(&order, nics).await?;
-        let name = instance.row().name.to_string();
+        let (spec, lease) = self.plan(&order, nics)?;
+        let reserved = self.reserve_for(order.name.clone(), spec, lease).await?;
+        let name = reserved.name().to_string();
         let service = self.clone();
-        let began = self
-            .parts
+        self.parts
             .operations
-            .begin(OperationKind::Launch, name, |report| {
-                let instance = instance.clone();
-                async move { service.carry_out(&order, &instance, &report).await }
+            .begin(OperationKind::Launch, name, move |report| async move {
+                let instance = reserved.begin();
+                service.carry_out(&order, &instance, &report).await
             })
-            .await;
-        if began.is_err() {
-            self.undo(&instance).await;
-        }
-        began
+            .await
     }
 
     pub(super) async fn reserve(
@@ -90,6 +114,12 @@ impl Service {
         order: &Order,
         extra_nics: Vec<ExtraNic>,
     ) -> Result<Arc<Instance>> {
+        let (spec, lease) = self.plan(order, extra_nics)?;
+        self.reserve_row(order.name.clone(), spec, lease).await
+    }
+
+    /// What is known of an instance before its image is, and when its lease ends.
+    fn plan(&self, order: &Order, extra_nics: Vec<ExtraNic>) -> Result<(Spec, Option<Timestamp>)> {
         let lease = match order.request.lease {
             Some(seconds) => Some(leases::expiry((self.parts.clock)(), seconds)?),
             None => None,
@@ -106,7 +136,28 @@ impl Service {
                 order.disk.unwrap_or(DEFAULT_DISK),
             )
         };
-        self.reserve_row(order.name.clone(), spec, lease).await
+        Ok((spec, lease))
+    }
+
+    /// [`Service::reserve_row`] for a client, who may go before the work has begun: then it is undone.
+    pub(super) async fn reserve_for(
+        &self,
+        wanted: Option<InstanceName>,
+        spec: Spec,
+        lease: Option<Timestamp>,
+    ) -> Result<Reserved> {
+        let service = self.clone();
+        let reserved = tokio::spawn(async move {
+            let instance = service.reserve_row(wanted, spec, lease).await?;
+            Ok(Reserved {
+                service,
+                instance,
+                begun: false,
+            })
+        });
+        reserved
+            .await
+            .map_err(|err| Error::internal("The reservation broke off").with_source(err))?
     }
 
     /// Takes a name (a random one if none is wanted), an address, a MAC and a slot, all in one

@@ -95,7 +95,7 @@ impl Service {
                     Stage::Purging | Stage::Is(InstanceState::Creating)
                 );
                 if over && !busy {
-                    self.end_expired(&instance).await;
+                    self.end_expired(&instance, now).await;
                 }
             }
         }
@@ -124,14 +124,24 @@ impl Service {
         ))
     }
 
-    async fn end_expired(&self, instance: &Arc<Instance>) {
+    async fn end_expired(&self, instance: &Arc<Instance>, now: Timestamp) {
         let name = instance.row().name.to_string();
-        tracing::info!(instance = name, "its lease has run out: it is deleted");
-        // Marked before the work begins, so that the next sweep does not begin it again.
-        if let Err(err) = instance.change(|row| row.stage = Stage::Purging).await {
-            tracing::error!(instance = name, %err, "an expired instance can't be deleted");
-            return;
+        // Marked before the work begins, so that the next sweep does not begin it again; unless it was renewed
+        // in this very moment.
+        let marked = instance.change(|row| {
+            if row.lease.is_some_and(|lease| lease <= now) {
+                row.stage = Stage::Purging;
+            }
+        });
+        match marked.await {
+            Ok(row) if row.stage == Stage::Purging => {}
+            Ok(_) => return,
+            Err(err) => {
+                tracing::error!(instance = name, %err, "an expired instance can't be deleted");
+                return;
+            }
         }
+        tracing::info!(instance = name, "its lease has run out: it is deleted");
         let service = self.clone();
         let instance = instance.clone();
         let begun = self

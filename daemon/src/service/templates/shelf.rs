@@ -269,6 +269,8 @@ impl Shelf {
         std::fs::rename(template.folder.path(), &going)
             .io(format_args!("Removing template {id}"))?;
         held.remove(id);
+        // A file system takes its time for a memory, and launches look here meanwhile.
+        drop(held);
         self.erase(&going, id)?;
         Ok((template.layer, freed))
     }
