@@ -42,6 +42,8 @@ pub struct Host {
 
 /// The guest has to write what it holds back.
 const SYNC_BOUND: Duration = Duration::from_secs(5);
+/// A process that broke its connection off is gone by then, if it is going.
+const EXIT_BOUND: Duration = Duration::from_secs(5);
 /// A clone's first boot.
 const IDENTIFY_BOUND: Duration = Duration::from_secs(120);
 
@@ -55,15 +57,23 @@ pub trait Wiring: Send + Sync + 'static {
     fn plug(&self) -> Later<'_, Result<OwnedFd>>;
     /// A tap in the host's network that the further card with this address is in; none if the instance
     /// has no such card any more.
-    fn plug_extra(&self, number: usize, mac: Mac) -> Later<'_, Result<Option<OwnedFd>>>;
+    fn plug_extra(&self, _number: usize, _mac: Mac) -> Later<'_, Result<Option<OwnedFd>>> {
+        Box::pin(async { Ok(None) })
+    }
     /// Takes the first card's place away; that of the others goes with their taps.
     fn unplug(&self) -> Later<'_, ()>;
     /// The instance as it is now; `None` if nobody knows any more.
-    fn setup(&self) -> Option<Setup>;
+    fn setup(&self) -> Option<Setup> {
+        None
+    }
     /// What the guest is to become after its next boot, if it stands on a copy of another one's disk.
-    fn identity(&self) -> Result<Option<IdentitySpec>>;
+    fn identity(&self) -> Result<Option<IdentitySpec>> {
+        Ok(None)
+    }
     /// The guest has become that.
-    fn identified(&self) -> Later<'_, Result<()>>;
+    fn identified(&self) -> Later<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
     /// The qcow2 layers of the disk above the image, the lowest first; the last one is written.
     fn layers(&self) -> Vec<PathBuf>;
     /// The user that QEMU becomes; none if it stays who we are.
@@ -197,12 +207,24 @@ impl QemuDriver {
         let Some(process) = qemu::process::find(&paths, self.setup.id) else {
             return Ok(None);
         };
-        let (vm, events) = qemu::Vm::adopt(process, &paths).await?;
+        let keys = InstanceKeys::load(&self.setup.folder)?;
+        let (vm, events) = match qemu::Vm::adopt(process, &paths).await {
+            Ok(adopted) => adopted,
+            Err(err) => {
+                // The usual cause of a broken connection is that QEMU is gone, because its guest was just
+                // shutting down. Then it is as if it had not been found.
+                let exit = qemu::process::wait_exit(process);
+                return match tokio::time::timeout(EXIT_BOUND, exit).await {
+                    Ok(Ok(_)) => Ok(None),
+                    _ => Err(err),
+                };
+            }
+        };
         // The daemon before may have ended while it saved the machine.
         if let Err(err) = vm.wake().await {
             tracing::error!(instance = %self.name(), %err, "it stands still");
         }
-        self.running(vm, events).map(Some)
+        Ok(Some(self.running(vm, events, keys)))
     }
 
     pub(crate) fn setup(&self) -> Setup {
@@ -283,9 +305,10 @@ impl QemuDriver {
         taps: Vec<OwnedFd>,
     ) -> Result<RunningVm> {
         files::create_folder(&self.setup.run, 0o700)?;
+        let keys = InstanceKeys::load(&self.setup.folder)?;
         let confinement = self.wiring.confinement(host.accelerator);
         let (vm, events) = qemu::Vm::start(&host.qemu, spec, taps, confinement).await?;
-        self.running(vm, events)
+        Ok(self.running(vm, events, keys))
     }
 
     /// The taps of a machine's NICs.
@@ -314,18 +337,18 @@ impl QemuDriver {
         &self,
         vm: qemu::Vm,
         events: broadcast::Receiver<qemu::VmEvent>,
-    ) -> Result<RunningVm> {
-        let keys = InstanceKeys::load(&self.setup.folder)?;
+        keys: InstanceKeys,
+    ) -> RunningVm {
         let paths = self.setup.paths();
         let guest = Guest::connect(&paths, &self.setup.folder, keys, self.setup.address);
         let guest_events = watch::watch(guest.clone());
-        Ok(RunningVm {
+        RunningVm {
             vm,
             events,
             guest,
             guest_events,
             orderly: false,
-        })
+        }
     }
 }
 
@@ -401,20 +424,14 @@ impl Driver for QemuDriver {
             .vm
             .save_all(file.try_clone().io("Saving a machine")?)
             .await?;
-        let folder = setup.folder.clone();
-        let file = tokio::task::spawn_blocking(move || {
-            file.sync_all().io("Saving a machine")?;
-            files::sync_folder(&folder)?;
-            Ok::<_, Error>(file)
-        })
-        .await
-        .map_err(|err| Error::internal("Saving broke off").with_source(err))??;
+        let file = to_stay(file, path).await?;
         self.saved_now(vm, &running, (SavedFile::Suspended, &file), stream)
     }
 
     async fn unsave(&self, vm: &RunningVm) -> Result<()> {
         vm.vm.cancel_save().await;
-        let resumed = vm.vm.resume().await;
+        // Not at once while QEMU still writes.
+        let resumed = vm.vm.wake().await;
         files::discard(&self.setup().saved(SavedFile::Suspended))?;
         resumed
     }
@@ -443,6 +460,11 @@ impl Driver for QemuDriver {
         let written = memory.try_clone().io("Saving a machine")?;
         let running = (vm.vm.process().command_line()?, vm.vm.grown().await?);
         let (stream, paused) = vm.vm.freeze(&freeze.layer, freeze.size, memory).await?;
+        let written = match file {
+            SavedFile::Snapshot(_) => to_stay(written, self.setup().saved(file)).await?,
+            // A fork's, which goes at once.
+            SavedFile::Suspended => written,
+        };
         Ok(Frozen {
             saved: Some(self.saved_now(vm, &running, (file, &written), stream)?),
             paused,
@@ -483,6 +505,20 @@ impl Driver for QemuDriver {
             tracing::warn!(instance = %self.setup.name, %err, "its logs can't be trimmed");
         }
     }
+}
+
+/// Brings what was written to the disk, with its name: a record will say that it is there.
+async fn to_stay(file: File, path: PathBuf) -> Result<File> {
+    let sync = move || {
+        file.sync_all().io("Saving a machine")?;
+        if let Some(folder) = path.parent() {
+            files::sync_folder(folder)?;
+        }
+        Ok::<_, Error>(file)
+    };
+    tokio::task::spawn_blocking(sync)
+        .await
+        .map_err(|err| Error::internal("Saving broke off").with_source(err))?
 }
 
 /// QEMU does not take what was saved: mostly because it is another one.

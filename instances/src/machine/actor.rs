@@ -118,8 +118,11 @@ impl<D: Driver> Actor<D> {
             InstanceState::Starting => {
                 self.after_load().await;
                 let report = Reporter::silent();
-                let done = self.finish_boot(BOOT_TIMEOUT, &report).await;
-                let _ = self.conclude_start(done).await;
+                // Nobody else's: the first request comes after this.
+                let interrupt = lock(&self.interrupt).clone();
+                let boot = self.finish_boot(BOOT_TIMEOUT, &report);
+                let done = interrupt.run_until_cancelled(boot).await;
+                let _ = self.conclude_start(done.unwrap_or_else(cut)).await;
             }
             InstanceState::Restarting => {
                 self.reboot_until = Some(Instant::now() + BOOT_TIMEOUT);
@@ -349,7 +352,7 @@ impl<D: Driver> Actor<D> {
             let wait = self.shut_down(timeout);
             tokio::select! {
                 done = wait => done,
-                () = interrupt.cancelled() => Err(Error::new(Code::Cancelled, "The power was cut")),
+                () = interrupt.cancelled() => cut(),
                 () = report.cancelled() => Err(Error::new(
                     Code::Cancelled,
                     "The wait for the shutdown was cancelled; the guest may still shut down",
@@ -423,7 +426,7 @@ impl<D: Driver> Actor<D> {
         };
         let done = match interrupt.run_until_cancelled(reboot).await {
             Some(done) => done,
-            None => Err(Error::new(Code::Cancelled, "The power was cut")),
+            None => cut(),
         };
         match done {
             // Nobody wants to wait, but a reboot is no reason to cut the power.
@@ -517,6 +520,11 @@ impl<D: Driver> Actor<D> {
         self.publish.send_replace(self.config.snapshot.clone());
         saved
     }
+}
+
+/// What was under way ends, because somebody could not wait.
+pub(super) fn cut<T>() -> Result<T> {
+    Err(Error::new(Code::Cancelled, "The power was cut"))
 }
 
 async fn sleep_until(deadline: Option<Instant>) {

@@ -9,7 +9,7 @@ use pileus_base::{Code, Error, Phase, Reporter, Result};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::actor::Actor;
+use super::actor::{Actor, cut};
 use super::driver::{Driver, Saved, Vm};
 use super::rules::{Ask, Decision};
 
@@ -66,7 +66,7 @@ impl<D: Driver> Actor<D> {
         let saving = report.or_cancelled(self.config.driver.save(vm));
         let saved = match interrupt.run_until_cancelled(saving).await {
             Some(saved) => saved?,
-            None => return Err(Error::new(Code::Cancelled, "The power was cut")),
+            None => return cut(),
         };
         self.config.snapshot.suspended = Some(saved);
         self.save().await

@@ -353,6 +353,36 @@ async fn a_forced_stop_interrupts_a_start() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_forced_stop_interrupts_a_boot_that_was_taken_up_again() {
+    let (_events, source) = mpsc::unbounded_channel();
+    let calls = Arc::default();
+    let config = Config {
+        driver: Arc::new(Script {
+            events: StdMutex::default(),
+            calls: Arc::clone(&calls),
+            fails: Arc::default(),
+            again: Arc::default(),
+        }),
+        journal: Arc::new(Memory::default()),
+        snapshot: Snapshot {
+            state: InstanceState::Starting,
+            ..Snapshot::stopped()
+        },
+        address: Ipv4Addr::new(10, 0, 0, 2),
+        clock: || Timestamp::UNIX_EPOCH,
+    };
+    let events = source;
+    let machine = Machine::adopt(config, FakeVm { events, calls });
+    // It waits for the guest.
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(machine.snapshot().state, InstanceState::Starting);
+    let stop = machine.stop(true, SHUTDOWN_TIMEOUT, Reporter::silent());
+    let stop = tokio::time::timeout(Duration::from_secs(1), stop).await;
+    stop.expect("it does not wait for the guest").unwrap();
+    assert_eq!(machine.snapshot().state, InstanceState::Stopped);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stop_asks_again_and_gives_up_within_its_bound() {
     let bench = bench();
     bench.events.send(UP).unwrap();

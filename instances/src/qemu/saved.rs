@@ -177,13 +177,15 @@ impl Vm {
         self.prepare(false, stream, true).await?;
         let set = self.lend(&memory, OpenOptions::new().write(true)).await?;
         let saved = self.freeze_to((layer, size), set).await;
-        if saved.is_err() {
-            // Nothing to cancel if QEMU gave up by itself.
-            let _ = self.client().run(&MigrateCancel {}).await;
+        // The guest goes on in any case; that it does not is the worse fault.
+        match &saved {
+            Ok(_) => self.resume().await?,
+            Err(_) => {
+                self.cancel_save().await;
+                self.wake().await?;
+            }
         }
         self.forget(set).await;
-        // The guest goes on in any case; that it does not is the worse fault.
-        self.resume().await?;
         Ok((stream, saved?.elapsed()))
     }
 
