@@ -4,9 +4,10 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -204,6 +205,78 @@ fn fake_images_whose_clients_go() {
     world.all_is_well();
 }
 
+/// A client that stays and sends no more: whatever it began is not held for ever.
+#[test]
+fn fake_images_whose_clients_fall_silent() {
+    if !need(&NEEDED) || !need(&TOOLS) {
+        return;
+    }
+    let there = World::new();
+    there.launch("foo");
+    there.must("foo", "stop");
+    let archive = there.run(&["export", "foo", "-"]).stdout;
+    let world = World::new();
+    let bytes = disk(24, 3);
+    let mut silent = Vec::new();
+    for (args, bytes) in [
+        (&["image", "import", "-"][..], &bytes),
+        (&["image", "inspect", "-"], &bytes),
+        (&["import", "-"], &archive),
+    ] {
+        let mut child = spawn(&world, args);
+        let mut input = child.stdin.take().unwrap();
+        input.write_all(&bytes[..bytes.len() / 2]).unwrap();
+        silent.push((child, input, args));
+    }
+    let mut recipe = UnixStream::connect(world.socket()).unwrap();
+    let head =
+        "POST /v1/image-actions/build HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
+    write!(recipe, "{head}5\r\n{{\"rec\r\n").unwrap();
+    // One that has nothing to send yet is no client of the daemon yet.
+    let waits = spawn(&world, &["image", "import", "-", "--tag", "late"]);
+    // Their operations are known, and can be cancelled like all others.
+    let running = || {
+        let operations = world.api.get("/v1/operations").unwrap();
+        let all = operations.as_array().unwrap().clone();
+        all.into_iter().filter(|o| o["state"] == "running").count()
+    };
+    wait("all three are under way", || running() == 3);
+    let since = Instant::now();
+    let mut reply = String::new();
+    let mut piece = [0; 4096];
+    while !reply.contains("\"upload-stalled\"") {
+        let len = recipe.read(&mut piece).unwrap();
+        assert!(len > 0, "{reply}");
+        reply.push_str(&String::from_utf8_lossy(&piece[..len]));
+    }
+    assert!(reply.starts_with("HTTP/1.1 408 "), "{reply}");
+    for (child, input, args) in silent {
+        let told = finish(child, "a silent client").fails_with(2);
+        assert!(
+            told.contains("sent nothing for 60 seconds"),
+            "{args:?}: {told}"
+        );
+        drop(input);
+    }
+    // Not at once either.
+    assert!(since.elapsed() > Duration::from_secs(45), "{since:?}");
+    let operations = world.api.get("/v1/operations").unwrap();
+    for operation in operations.as_array().unwrap() {
+        let (state, error) = (text(operation, "state"), &operation["error"]);
+        let said = (state, text(error, "code"), text(error, "class"));
+        assert_eq!(said, ("failed", "upload-stalled", "user"), "{operation}");
+    }
+    wait("all is undone", || stage_is_empty(&world));
+    nothing_is_left(&world);
+    assert_eq!(world.run(&["list"]).ok(), "No instances found.\n");
+    // The one that had nothing comes in time.
+    let mut waits = waits;
+    waits.stdin.take().unwrap().write_all(&bytes).unwrap();
+    finish(waits, "a late client").ok();
+    assert_eq!(images(&world)[0]["tags"], json!(["late"]));
+    world.all_is_well();
+}
+
 /// The daemon is killed at many moments: an image is there as a whole, or not at all, and everything works again.
 #[test]
 fn fake_images_and_a_daemon_that_is_killed() {
@@ -264,6 +337,12 @@ fn fake_images_without_room() {
     let archive = packed(&small.folder().join("p"), &disk(80, 5), &machine());
     let file = write(&small, "web.tar.zst", &archive);
     let raw = write(&small, "web.raw", &disk(80, 5));
+    let no_space = || {
+        let operations = api.get("/v1/operations").unwrap();
+        let error = &operations[0]["error"];
+        let said = (text(error, "code"), text(error, "class"));
+        assert_eq!(said, ("no-space", "host"), "{error}");
+    };
     for args in [
         &["image", "import", &file][..],
         &["image", "import", &raw],
@@ -276,15 +355,31 @@ fn fake_images_without_room() {
             told.contains("disk space") || told.contains("space"),
             "{args:?}: {told}"
         );
-        let operations = api.get("/v1/operations").unwrap();
-        let error = &operations[0]["error"];
-        assert_eq!(
-            (text(error, "code"), text(error, "class")),
-            ("no-space", "host"),
-            "{args:?}: {error}"
-        );
+        no_space();
         nothing_is_left(&small);
     }
+    // What a file takes is known before it is read, what a stream takes is not.
+    fs::File::open(&raw).unwrap().sync_all().unwrap();
+    for action in ["import", "inspect"] {
+        let told = small.run(&["image", action, &raw]).fails_with(2);
+        assert!(told.contains("The image needs 1"), "{action}: {told}");
+        let told = small.run_with(&["image", action, "-"], &archive);
+        let told = told.fails_with(2);
+        assert!(told.contains("have to stay free"), "{action}: {told}");
+        no_space();
+        nothing_is_left(&small);
+    }
+    // Without any room not even a small one is looked at.
+    let filler = small.storage().join("filler");
+    fs::write(&filler, noise(60 << 20, 1)).unwrap();
+    for action in ["import", "inspect"] {
+        let told = small.run_with(&["image", action, "-"], &disk(1, 1));
+        let told = told.fails_with(2);
+        assert!(told.contains("The image needs 0"), "{action}: {told}");
+        no_space();
+        nothing_is_left(&small);
+    }
+    fs::remove_file(&filler).unwrap();
     // A small one fits still.
     let fits = write(&small, "fits.raw", &disk(2, 5));
     small.run(&["image", "import", &fits, "--tag", "fits"]).ok();

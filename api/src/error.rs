@@ -72,7 +72,7 @@ pub fn http_status(code: Code) -> u16 {
         | Code::StorageLocked => 409,
         Code::ImageTooLarge => 413,
         Code::NoSpace | Code::NoMemory => 507,
-        Code::TimedOut => 408,
+        Code::TimedOut | Code::UploadStalled => 408,
         Code::Cancelled | Code::Interrupted => 410,
         _ => match code.class() {
             Class::User => 400,

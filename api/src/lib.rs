@@ -36,9 +36,9 @@ pub use host::{
 pub use identity::{Identity, IdentityItem};
 pub use image_making::{BuildRequest, PackRequest, Recipe};
 pub use images::{
-    CatalogEntry, CatalogQuery, Image, ImageDetails, ImageImportQuery, ImagePruneQuery,
-    ImageRemoveQuery, Inspection, PruneReply, PrunedImage, PullRequest, Refusal, TagRequest,
-    VerifyRequest,
+    CatalogEntry, CatalogQuery, Image, ImageDetails, ImageImportQuery, ImageInspectQuery,
+    ImagePruneQuery, ImageRemoveQuery, Inspection, PruneReply, PrunedImage, PullRequest, Refusal,
+    TagRequest, VerifyRequest,
 };
 pub use instances::{
     Autostart, CloudInit, CloudInitStatus, DeleteQuery, GuestReport, Instance, InstanceImage,

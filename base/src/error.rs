@@ -77,6 +77,8 @@ codes! {
     ImageTooLarge = "image-too-large", User;
     /// An archive that is damaged, or that breaks a safety rule.
     BadArchive = "bad-archive", User;
+    /// A client that was sending something fell silent.
+    UploadStalled = "upload-stalled", User;
     OperationNotFound = "operation-not-found", User;
     TemplateNotFound = "template-not-found", User;
     /// No template fits the launch, or the one that would can't be used.

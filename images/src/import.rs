@@ -22,8 +22,11 @@ pub struct Arrival {
     /// Where it comes from, for a person: `file:///home/ann/image.tar.zst`.
     pub source: String,
     pub about: About,
-    /// Bytes that will come, if that is known; for the progress, and so that there is room for them.
+    /// Bytes that will come, if that is known; for the progress.
     pub total: Option<u64>,
+    /// Bytes of the disk that it takes at least, if that is known: without room for them nothing is read. If nothing is
+    /// said it is `total`.
+    pub room: Option<u64>,
 }
 
 /// What an image is, found out without keeping it.
@@ -62,7 +65,8 @@ impl Store {
             image.touch();
             return Ok(image);
         }
-        self.make_room(arrival.total.unwrap_or(0), report).await?;
+        let room = arrival.room.or(arrival.total);
+        self.make_room(room.unwrap_or(0), report).await?;
         let intake = self.receive(stream, arrival.total, report).await?;
         let image = self
             .finish(intake, checksum, &arrival.source, &arrival.about, report)
@@ -72,14 +76,15 @@ impl Store {
     }
 
     /// Judges an image by all rules, without keeping it. For the time of it, it takes the room that the image would
-    /// take.
+    /// take: if there is none for `room` bytes, as far as that is known, nothing is read.
     pub async fn inspect(
         self: &Arc<Self>,
         stream: impl AsyncRead + Unpin + Send,
+        room: Option<u64>,
         checksum: Option<&Digest>,
         report: &Reporter,
     ) -> Result<Inspected> {
-        self.make_room(0, report).await?;
+        self.make_room(room.unwrap_or(0), report).await?;
         let mut intake = self.receive(stream, None, report).await?;
         let Taken { digest, size, form } = intake.finish().await?;
         agree(checksum, &digest)?;

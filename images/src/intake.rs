@@ -282,8 +282,12 @@ impl Read for Piped {
     }
 }
 
-/// The error of an upload that can't be read on.
+/// The error of an upload that can't be read on. One of ours inside says why itself.
 pub(crate) fn broken_off(err: io::Error) -> Error {
+    err.downcast().unwrap_or_else(unreadable)
+}
+
+fn unreadable(err: io::Error) -> Error {
     match err.raw_os_error() {
         Some(_) if !is_connection(&err) => Error::io("Reading the image", err),
         _ => Error::new(Code::Cancelled, "The image did not arrive as a whole")

@@ -4,9 +4,9 @@ use bytes::Bytes;
 use futures_util::{Stream, TryStream};
 use pileus_api::archive::IMAGE_MEDIA_TYPE;
 use pileus_api::{
-    CatalogEntry, CatalogQuery, Image, ImageDetails, ImageImportQuery, ImagePruneQuery,
-    ImageRemoveQuery, Inspection, Operation, PruneReply, PullRequest, TagRequest, VerifyRequest,
-    routes,
+    CatalogEntry, CatalogQuery, Image, ImageDetails, ImageImportQuery, ImageInspectQuery,
+    ImagePruneQuery, ImageRemoveQuery, Inspection, Operation, PruneReply, PullRequest, TagRequest,
+    VerifyRequest, routes,
 };
 use pileus_base::{Code, Error, Result};
 use reqwest::{Body, Method, header};
@@ -55,12 +55,13 @@ impl Client {
     }
 
     /// Has the daemon judge what is sent; nothing of it is kept.
-    pub async fn inspect_image<S>(&self, bytes: S) -> Result<Inspection>
+    pub async fn inspect_image<S>(&self, query: &ImageInspectQuery, bytes: S) -> Result<Inspection>
     where
         S: TryStream<Ok = Bytes, Error = std::io::Error> + Send + 'static,
     {
         let request = self
             .request(Method::POST, routes::IMAGES_INSPECT)
+            .query(query)
             .header(header::CONTENT_TYPE, "application/octet-stream")
             .body(Body::wrap_stream(bytes));
         self.answer(request).await

@@ -4,10 +4,10 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use futures_util::StreamExt;
 use pileus_api::archive::{IMAGE_MEDIA_TYPE, OPERATION_HEADER};
 use pileus_api::{ErrorReply, PackRequest};
 
+use super::archive::uploaded;
 use super::{Json, Path, Reply};
 use crate::http::listener::Peer;
 use crate::service::{Export, Service};
@@ -42,11 +42,10 @@ pub async fn pack(
             operation that makes it: what its steps say are log lines of it; if it fails, the reply breaks off",
             content_type = "application/vnd.pileus.image+zstd", body = String,
             headers(("pileus-operation" = String, description = "Id of the operation"))),
-        (status = 400, description = "The recipe can't work", body = ErrorReply)))]
+        (status = 400, description = "The recipe can't work", body = ErrorReply),
+        (status = 408, description = "The client fell silent", body = ErrorReply)))]
 pub async fn build(State(service): State<Service>, peer: Peer, body: Body) -> Reply<Response> {
-    let body = body.into_data_stream();
-    let body = body.map(|piece| piece.map_err(std::io::Error::other));
-    let upload = service.receive_build(Box::pin(body)).await?;
+    let upload = service.receive_build(uploaded(body)).await?;
     Ok(stream(service.build_image(upload, peer).await?))
 }
 

@@ -6,8 +6,9 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use pileus_api::archive::IMAGE_MEDIA_TYPE;
 use pileus_api::{
-    CatalogEntry, CatalogQuery, ErrorReply, Image, ImageDetails, ImageImportQuery, ImagePruneQuery,
-    ImageRemoveQuery, Inspection, Operation, PruneReply, PullRequest, TagRequest, VerifyRequest,
+    CatalogEntry, CatalogQuery, ErrorReply, Image, ImageDetails, ImageImportQuery,
+    ImageInspectQuery, ImagePruneQuery, ImageRemoveQuery, Inspection, Operation, PruneReply,
+    PullRequest, TagRequest, VerifyRequest,
 };
 use pileus_base::Error;
 
@@ -103,6 +104,7 @@ pub async fn export(State(service): State<Service>, Path(image): Path<String>) -
     responses(
         (status = 200, description = "The operation; its result is the image's digest", body = Operation),
         (status = 400, description = "The image is damaged or breaks a rule", body = ErrorReply),
+        (status = 408, description = "The client fell silent", body = ErrorReply),
         (status = 507, description = "There is no room for it", body = ErrorReply)))]
 pub async fn import(
     State(service): State<Service>,
@@ -118,12 +120,18 @@ pub async fn import(
 
 /// Judges an image as an import does, and keeps nothing of it. One that breaks a rule is no error here: the reply says so.
 #[utoipa::path(post, operation_id = "inspect_image", path = "/v1/image-actions/inspect", tag = "images",
+    params(ImageInspectQuery),
     request_body(content = String, content_type = "application/octet-stream", description = "The image's bytes"),
     responses(
         (status = 200, description = "What it is", body = Inspection),
+        (status = 408, description = "The client fell silent", body = ErrorReply),
         (status = 507, description = "There is no room to look at it", body = ErrorReply)))]
-pub async fn inspect(State(service): State<Service>, body: Body) -> Reply<Json<Inspection>> {
-    let (operation, found) = service.inspect_image(upload(body)).await?;
+pub async fn inspect(
+    State(service): State<Service>,
+    Query(query): Query<ImageInspectQuery>,
+    body: Body,
+) -> Reply<Json<Inspection>> {
+    let (operation, found) = service.inspect_image(query, upload(body)).await?;
     ended(&service, operation).await?;
     let found = found.await;
     Ok(Json(found.map_err(|_| {

@@ -284,6 +284,11 @@ pub fn bad(why: &str) -> Error {
 }
 
 fn unreadable(err: io::Error) -> Error {
+    // Whoever gives the bytes may know better.
+    err.downcast().unwrap_or_else(broken)
+}
+
+fn broken(err: io::Error) -> Error {
     match err.kind() {
         io::ErrorKind::UnexpectedEof => bad("it ends in its middle"),
         io::ErrorKind::ConnectionAborted => {

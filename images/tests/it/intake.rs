@@ -235,7 +235,7 @@ async fn an_image_is_judged_without_being_kept() {
         let report = Reporter::silent();
         let judged = fixture
             .store
-            .inspect(Upload::of(&bytes), None, &report)
+            .inspect(Upload::of(&bytes), None, None, &report)
             .await
             .unwrap();
         assert_eq!(judged.digest, digest(&bytes), "{form}");
@@ -248,12 +248,12 @@ async fn an_image_is_judged_without_being_kept() {
         let wrong = digest(b"other");
         let judged = fixture
             .store
-            .inspect(Upload::of(&bytes), Some(&wrong), &report)
+            .inspect(Upload::of(&bytes), None, Some(&wrong), &report)
             .await;
         assert_eq!(judged.unwrap_err().code, Code::ChecksumMismatch, "{form}");
         let judged = fixture
             .store
-            .inspect(Upload::of(&bytes[..400]), None, &report)
+            .inspect(Upload::of(&bytes[..400]), None, None, &report)
             .await;
         assert_eq!(judged.unwrap_err().code, Code::BadImage, "{form}");
         fixture.assert_clean();

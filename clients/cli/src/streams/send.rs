@@ -1,10 +1,11 @@
 //! A file or standard input on its way to the daemon, as fast as that takes it.
 
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use bytes::Bytes;
-use futures_util::Stream;
+use futures_util::{Stream, StreamExt};
 use pileus_api::{OperationEvent, Progress};
 use pileus_base::{Result, ResultExt};
 use tokio::sync::mpsc;
@@ -22,6 +23,8 @@ pub(crate) struct Source {
     from: Box<dyn Read + Send>,
     /// Bytes in all, if that is known.
     total: Option<u64>,
+    /// What it takes on its disk, if it is a file.
+    room: Option<u64>,
 }
 
 impl Source {
@@ -42,6 +45,7 @@ impl Source {
             return Ok(Self {
                 from: Box::new(io::stdin()),
                 total: None,
+                room: None,
             });
         }
         let opening = format!("Opening {}", file.display());
@@ -51,10 +55,17 @@ impl Source {
             let text = format!("{} is a folder", file.display());
             return Err(CommandError::usage(text).hint("Name a file."));
         }
+        let takes = found.len().min(found.blocks().saturating_mul(512));
         Ok(Self {
             total: found.is_file().then_some(found.len()),
+            room: found.is_file().then_some(takes),
             from: Box::new(opened),
         })
+    }
+
+    /// Bytes that it takes on its disk, without the holes, if that is known.
+    pub fn room(&self) -> Option<u64> {
+        self.room
     }
 
     /// Hands the bytes to `upload` and shows on `line` how many went. A signal ends it; the daemon sees the connection
@@ -66,8 +77,13 @@ impl Source {
     ) -> Result<T, CommandError> {
         let mut signals = Signals::to_end().io("Listening to signals")?;
         let total = self.total;
-        let (pieces, mut sent) = read(self.from);
-        let mut upload = std::pin::pin!(upload(stream(pieces)));
+        let (mut pieces, mut sent) = read(self.from);
+        // The daemon does not wait long for bytes; what sends us some may only be making them (`image pack … - |`).
+        let first = tokio::select! {
+            first = pieces.recv() => first,
+            signal = signals.next() => return Err(session::ended_by(signal)),
+        };
+        let mut upload = std::pin::pin!(upload(stream(first, pieces)));
         loop {
             tokio::select! {
                 done = &mut upload => return Ok(done?),
@@ -84,11 +100,11 @@ impl Source {
 /// What a call of the client takes.
 pub(crate) type Bytewise = std::pin::Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>;
 
-fn stream(pieces: mpsc::Receiver<io::Result<Bytes>>) -> Bytewise {
-    Box::pin(futures_util::stream::unfold(
-        pieces,
-        |mut pieces| async move { Some((pieces.recv().await?, pieces)) },
-    ))
+fn stream(first: Option<io::Result<Bytes>>, pieces: Pieces) -> Bytewise {
+    let rest = futures_util::stream::unfold(pieces, |mut pieces| async move {
+        Some((pieces.recv().await?, pieces))
+    });
+    Box::pin(futures_util::stream::iter(first).chain(rest))
 }
 
 type Pieces = mpsc::Receiver<io::Result<Bytes>>;

@@ -43,6 +43,11 @@ fn broken(err: impl std::fmt::Display) -> Error {
     )
 }
 
+/// The error of an upload that can't be read on; one of ours says why itself.
+fn unreadable(err: io::Error) -> Error {
+    err.downcast().unwrap_or_else(broken)
+}
+
 impl Service {
     /// Takes in what a client sends.
     pub async fn receive_build(
@@ -55,7 +60,7 @@ impl Service {
                 // Nothing follows: then its end is the line's.
                 break Bytes::new();
             };
-            let piece = piece.map_err(broken)?;
+            let piece = piece.map_err(unreadable)?;
             if let Some(end) = piece.iter().position(|byte| *byte == b'\n') {
                 line.extend_from_slice(&piece[..end]);
                 break piece.slice(end + 1..);
@@ -92,7 +97,7 @@ impl Service {
         let mut left = total;
         let mut piece = Ok(rest);
         loop {
-            let bytes = piece.map_err(broken)?;
+            let bytes = piece.map_err(unreadable)?;
             let come = bytes.len() as u64;
             left = left
                 .checked_sub(come)

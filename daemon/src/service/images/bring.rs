@@ -3,10 +3,12 @@
 //! Next step: `images/src/bring.rs` and `images/src/import.rs`.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use pileus_api::{
-    ErrorBody, ImageImportQuery, Inspection, Operation, OperationKind, PullRequest, Refusal,
+    ErrorBody, ImageImportQuery, ImageInspectQuery, Inspection, Operation, OperationKind,
+    PullRequest, Refusal,
 };
 use pileus_base::{Code, Digest, Error, Reporter, Result, ResultExt};
 use pileus_images::packed::Rule;
@@ -94,6 +96,7 @@ impl Service {
         let arrival = Arrival {
             source: format!("import:{name}"),
             total: length,
+            room: query.room,
             about: About {
                 title: name.clone(),
                 ..About::default()
@@ -122,6 +125,7 @@ impl Service {
     /// operation succeeds.
     pub async fn inspect_image(
         &self,
+        query: ImageInspectQuery,
         upload: Upload,
     ) -> Result<(Operation, oneshot::Receiver<Inspection>)> {
         let (sender, receiver) = oneshot::channel();
@@ -130,7 +134,7 @@ impl Service {
             .parts
             .operations
             .begin(OperationKind::InspectImage, "upload", |report| async move {
-                let found = service.inspect_now(upload, &report).await?;
+                let found = service.inspect_now(query, upload, &report).await?;
                 // Nobody may wait for it any more.
                 let _ = sender.send(found);
                 Ok(())
@@ -139,9 +143,15 @@ impl Service {
         Ok((operation, receiver))
     }
 
-    async fn inspect_now(&self, upload: Upload, report: &Reporter) -> Result<Inspection> {
+    async fn inspect_now(
+        &self,
+        query: ImageInspectQuery,
+        upload: Upload,
+        report: &Reporter,
+    ) -> Result<Inspection> {
         let store = &self.parts.store;
-        match store.inspect(reader(upload), None, report).await {
+        let found = store.inspect(reader(upload), query.room, None, report);
+        match found.await {
             Ok(found) => {
                 let stored = store.get(&found.digest).is_some();
                 fine(found, stored)
@@ -207,6 +217,7 @@ fn arrival_of(reference: &ImageRef, file: &File) -> Result<Arrival> {
         },
         source,
         total: Some(found.len()),
+        room: Some(found.len().min(found.blocks().saturating_mul(512))),
     })
 }
 
