@@ -226,9 +226,15 @@ fn fake_images_from_pull_to_remove() {
     );
     let told = world.run(&["image", "rm", short]).fails_with(2);
     assert!(told.contains("has the tag mine"), "{told}");
-    world.run(&["image", "tag", short, "also"]).ok();
-    world.run(&["image", "untag", "mine"]).ok();
-    world.run(&["image", "tag", "--remove", "also"]).ok();
+    // Programs are told what was done.
+    let json = |args: &[&str]| world.run(&[args, &["--format", "json"]].concat()).json();
+    let tagged = json(&["image", "tag", short, "also"]);
+    assert_eq!(tagged["tags"], json!(["also", "mine"]));
+    assert_eq!(json(&["image", "verify", "mine"]), json!({"verified": 1}));
+    let untagged = json(&["image", "untag", "mine"]);
+    assert_eq!(untagged, json!({"untagged": ["mine"]}));
+    let csv = world.run(&["image", "tag", "--remove", "also", "--format", "csv"]);
+    assert_eq!(csv.ok(), "Untagged\nalso\n");
     assert_eq!(world.run(&["image", "rm", short]).ok(), "");
     nothing_is_left(&world);
     world.run(&["image", "pull", &source]).ok();

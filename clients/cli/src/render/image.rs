@@ -32,6 +32,42 @@ pub fn came(how: &str, details: &ImageDetails, format: Format) -> String {
     }
 }
 
+/// What is said when something was done: `words` to people, which may be none; to programs what it was done to.
+pub fn did(words: &str, done: &[(&str, Node)], format: Format) -> String {
+    let document = || Node::map(done.iter().map(|(key, value)| (*key, value.clone())));
+    match format {
+        Format::Table => words.to_owned(),
+        Format::Json => document().to_json(),
+        Format::Yaml => document().to_yaml(),
+        Format::Csv => {
+            let columns: Vec<_> = done.iter().map(|(key, _)| column(key)).collect();
+            let fields: Vec<_> = done.iter().map(|(_, value)| field(value)).collect();
+            format!("{}\n{}\n", columns.join(","), fields.join(","))
+        }
+    }
+}
+
+/// `untagged` as the head of a column.
+fn column(key: &str) -> String {
+    let (first, rest) = key.split_at(key.len().min(1));
+    first.to_ascii_uppercase() + rest
+}
+
+fn field(value: &Node) -> String {
+    match value {
+        Node::Int(number) => number.to_string(),
+        Node::Text(text) => csv_field(text),
+        Node::List(list) => {
+            let texts = list.iter().filter_map(|node| match node {
+                Node::Text(text) => Some(text.as_str()),
+                _ => None,
+            });
+            csv_field(&texts.collect::<Vec<_>>().join(";"))
+        }
+        _ => String::new(),
+    }
+}
+
 fn lines(details: &ImageDetails) -> Vec<(&'static str, String)> {
     let image = &details.image;
     let system = format!("{} {}", image.os, image.release);
@@ -300,6 +336,26 @@ mod tests {
             came("Pulled", &poor, Format::Json),
             info(&poor, Format::Json)
         );
+    }
+
+    #[test]
+    fn what_was_done_in_all_formats() {
+        let done = [
+            ("untagged", Node::texts(["a", "b,c"])),
+            ("count", Node::Int(2)),
+        ];
+        let did = |format| did("Both are gone\n", &done, format);
+        assert_eq!(did(Format::Table), "Both are gone\n");
+        let json: Value = serde_json::from_str(&did(Format::Json)).unwrap();
+        assert_eq!(
+            json,
+            serde_json::json!({"untagged": ["a", "b,c"], "count": 2})
+        );
+        assert_eq!(
+            did(Format::Yaml),
+            "untagged:\n  - a\n  - \"b,c\"\ncount: 2\n"
+        );
+        assert_eq!(did(Format::Csv), "Untagged,Count\n\"a;b,c\",2\n");
     }
 
     #[test]

@@ -14,6 +14,9 @@ use tokio::sync::mpsc;
 use crate::commands::launch::absolute;
 use crate::context::Context;
 use crate::error::{CommandError, Outcome};
+use crate::render::Format;
+use crate::render::image::did;
+use crate::render::node::Node;
 use crate::streams::receive::Target;
 
 const MOST_RECIPE: u64 = 512 << 10;
@@ -53,7 +56,7 @@ pub struct Args {
     pub force: bool,
 }
 
-pub(super) async fn run(context: &Context, args: &Args) -> Outcome {
+pub(super) async fn run(context: &Context, args: &Args, format: Format) -> Outcome {
     let (what, command) = ("A packed image", "pileus image build RECIPE -");
     let target = Target::of(context, &args.file, args.force, what, command)?;
     let file = context.env.current_folder.join(&args.recipe);
@@ -79,7 +82,11 @@ pub(super) async fn run(context: &Context, args: &Args) -> Outcome {
     target.receive(&telling, &client, &about, begin).await?;
     match target.is_stdout() {
         true => Ok(0),
-        false => context.print(&format!("Built: {}\n", args.file.display())),
+        false => {
+            let file = args.file.display().to_string();
+            let done = [("built", Node::text(about)), ("file", Node::text(&file))];
+            context.print(&did(&format!("Built: {file}\n"), &done, format))
+        }
     }
 }
 

@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
-use pileus_api::{OperationEvent, OperationState, Phase, VerifyRequest};
+use pileus_api::{ImageInspectQuery, OperationEvent, OperationState, Phase, VerifyRequest};
 use pileus_base::{Error, ResultExt};
 
 use crate::commands::launch;
 use crate::complete;
 use crate::context::Context;
 use crate::error::{CommandError, Kind, Outcome};
+use crate::render::image::did;
+use crate::render::node::Node;
 use crate::render::{self, Format};
 use crate::signals::Signals;
 use crate::streams::send::Source;
@@ -27,7 +29,7 @@ pub struct Verify {
     pub all: bool,
 }
 
-pub(super) async fn verify(context: &Context, args: &Verify) -> Outcome {
+pub(super) async fn verify(context: &Context, args: &Verify, format: Format) -> Outcome {
     match (args.images.is_empty(), args.all) {
         (true, false) => {
             return Err(CommandError::usage("An image or --all is required")
@@ -58,7 +60,9 @@ pub(super) async fn verify(context: &Context, args: &Verify) -> Outcome {
         (OperationState::Succeeded, _) => {
             let count = operation.result.unwrap_or_default();
             let images = if count == "1" { "image" } else { "images" };
-            context.print(&format!("Verified: {count} {images}\n"))
+            let words = format!("Verified: {count} {images}\n");
+            let verified = Node::Int(count.parse().unwrap_or_default());
+            context.print(&did(&words, &[("verified", verified)], format))
         }
         (OperationState::Cancelled, Some(signal)) => {
             Err(launch::interrupted(signal, "Not all images were verified"))
@@ -89,7 +93,10 @@ pub(super) async fn inspect(context: &Context, args: &Inspect, format: Format) -
     line.event(&OperationEvent::Phase {
         phase: Phase::VerifyingImage,
     });
-    let upload = async |bytes| client.inspect_image(bytes).await;
+    let query = ImageInspectQuery {
+        room: source.room(),
+    };
+    let upload = async |bytes| client.inspect_image(&query, bytes).await;
     let inspection = source.send(&mut line, upload).await?;
     drop(line);
     context.print(&render::image::inspected(&inspection, format))?;

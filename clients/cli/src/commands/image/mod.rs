@@ -67,15 +67,15 @@ pub(crate) async fn run(context: &Context, args: Args) -> Outcome {
         Action::Info(args) => list::info(context, &args, format).await,
         Action::Pull(args) => pull::run(context, &args, format).await,
         Action::Import(args) => transfer::import(context, &args, format).await,
-        Action::Export(args) => transfer::export(context, &args).await,
-        Action::Pack(args) => pack::run(context, &args).await,
-        Action::Build(args) => build::run(context, &args).await,
-        Action::Tag(args) => tags::tag(context, &args).await,
-        Action::Untag(args) => tags::untag(context, &args).await,
+        Action::Export(args) => transfer::export(context, &args, format).await,
+        Action::Pack(args) => pack::run(context, &args, format).await,
+        Action::Build(args) => build::run(context, &args, format).await,
+        Action::Tag(args) => tags::tag(context, &args, format).await,
+        Action::Untag(args) => tags::untag(context, &args, format).await,
         Action::Inspect(args) => check::inspect(context, &args, format).await,
-        Action::Verify(args) => check::verify(context, &args).await,
+        Action::Verify(args) => check::verify(context, &args, format).await,
         Action::Prune(args) => remove::prune(context, &args, format).await,
-        Action::Remove(args) => remove::remove(context, &args).await,
+        Action::Remove(args) => remove::remove(context, &args, format).await,
     }
 }
 

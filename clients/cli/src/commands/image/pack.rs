@@ -7,6 +7,9 @@ use pileus_api::PackRequest;
 use crate::complete;
 use crate::context::Context;
 use crate::error::Outcome;
+use crate::render::Format;
+use crate::render::image::did;
+use crate::render::node::Node;
 use crate::several::{self, Target as Source};
 use crate::streams::receive::Target;
 
@@ -49,7 +52,7 @@ pub struct Args {
     pub force: bool,
 }
 
-pub(super) async fn run(context: &Context, args: &Args) -> Outcome {
+pub(super) async fn run(context: &Context, args: &Args, format: Format) -> Outcome {
     let (what, command) = ("A packed image", "pileus image pack NAME -");
     let target = Target::of(context, &args.file, args.force, what, command)?;
     let source = Source::of(&args.source);
@@ -68,10 +71,11 @@ pub(super) async fn run(context: &Context, args: &Args) -> Outcome {
         .await?;
     match target.is_stdout() {
         true => Ok(0),
-        false => context.print(&format!(
-            "Packed: {} into {}\n",
-            args.source,
-            args.file.display()
-        )),
+        false => {
+            let words = format!("Packed: {} into {}\n", args.source, args.file.display());
+            let file = Node::text(args.file.display().to_string());
+            let done = [("packed", Node::text(&args.source)), ("file", file)];
+            context.print(&did(&words, &done, format))
+        }
     }
 }

@@ -5,6 +5,8 @@ use pileus_api::{ImagePruneQuery, Size};
 use crate::complete;
 use crate::context::Context;
 use crate::error::{CommandError, Outcome};
+use crate::render::image::did;
+use crate::render::node::Node;
 use crate::render::{self, Format};
 
 /// Remove images
@@ -20,7 +22,7 @@ pub struct Remove {
     pub force: bool,
 }
 
-pub(super) async fn remove(context: &Context, args: &Remove) -> Outcome {
+pub(super) async fn remove(context: &Context, args: &Remove, format: Format) -> Outcome {
     let client = context.client().await?;
     let mut failed = Vec::new();
     for image in &args.images {
@@ -30,7 +32,10 @@ pub(super) async fn remove(context: &Context, args: &Remove) -> Outcome {
         }
     }
     match failed.is_empty() {
-        true => Ok(0),
+        true => {
+            let removed = Node::texts(&args.images);
+            context.print(&did("", &[("removed", removed)], format))
+        }
         false => Err(CommandError::several(failed)),
     }
 }

@@ -3,6 +3,9 @@
 use crate::complete;
 use crate::context::Context;
 use crate::error::{CommandError, Outcome};
+use crate::render::image::did;
+use crate::render::node::Node;
+use crate::render::{self, Format};
 
 /// Give an image a name, or take it away
 #[derive(Debug, Clone, clap::Args)]
@@ -25,19 +28,29 @@ pub struct Tag {
     pub remove: Option<String>,
 }
 
-pub(super) async fn tag(context: &Context, args: &Tag) -> Outcome {
+pub(super) async fn tag(context: &Context, args: &Tag, format: Format) -> Outcome {
     let client = context.client().await?;
     match (&args.image, &args.name, &args.remove) {
         (Some(image), Some(name), None) => {
-            client
-                .tag_image(&super::named(context, image), name)
-                .await?;
+            let image = super::named(context, image);
+            let details = client.tag_image(&image, name).await?;
+            match format {
+                // As it always was: nothing to say.
+                Format::Table => Ok(0),
+                _ => context.print(&render::image::info(&details, format)),
+            }
         }
-        (_, _, Some(name)) => client.untag_image(name).await?,
+        (_, _, Some(name)) => {
+            client.untag_image(name).await?;
+            untagged(context, std::slice::from_ref(name), format)
+        }
         // The grammar has no other.
-        _ => return Err(CommandError::usage("An image and a name are required")),
+        _ => Err(CommandError::usage("An image and a name are required")),
     }
-    Ok(0)
+}
+
+fn untagged(context: &Context, names: &[String], format: Format) -> Outcome {
+    context.print(&did("", &[("untagged", Node::texts(names))], format))
 }
 
 /// Take names of images away
@@ -48,7 +61,7 @@ pub struct Untag {
     pub names: Vec<String>,
 }
 
-pub(super) async fn untag(context: &Context, args: &Untag) -> Outcome {
+pub(super) async fn untag(context: &Context, args: &Untag, format: Format) -> Outcome {
     let client = context.client().await?;
     let mut failed = Vec::new();
     for name in &args.names {
@@ -57,7 +70,7 @@ pub(super) async fn untag(context: &Context, args: &Untag) -> Outcome {
         }
     }
     match failed.is_empty() {
-        true => Ok(0),
+        true => untagged(context, &args.names, format),
         false => Err(CommandError::several(failed)),
     }
 }

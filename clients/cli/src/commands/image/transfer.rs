@@ -7,6 +7,8 @@ use pileus_api::{ImageImportQuery, OperationEvent, Phase};
 use crate::complete;
 use crate::context::Context;
 use crate::error::Outcome;
+use crate::render::image::did;
+use crate::render::node::Node;
 use crate::render::{self, Format};
 use crate::streams::receive::Target;
 use crate::streams::send::Source;
@@ -35,12 +37,14 @@ pub struct Import {
 
 pub(super) async fn import(context: &Context, args: &Import, format: Format) -> Outcome {
     let name = args.file.file_name().map(|name| name.to_string_lossy());
+    let checksum = args.checksum.as_deref().map(str::parse).transpose()?;
+    let source = Source::open(context, &args.file, "An image", "pileus image import -")?;
     let query = ImageImportQuery {
-        checksum: args.checksum.as_deref().map(str::parse).transpose()?,
+        checksum,
         tag: args.tag.clone(),
         name: name.filter(|name| name != "-").map(Into::into),
+        room: source.room(),
     };
-    let source = Source::open(context, &args.file, "An image", "pileus image import -")?;
     let client = context.client().await?;
     let mut line = context.progress().line("the image");
     line.event(&OperationEvent::Phase {
@@ -76,7 +80,7 @@ pub struct Export {
     pub force: bool,
 }
 
-pub(super) async fn export(context: &Context, args: &Export) -> Outcome {
+pub(super) async fn export(context: &Context, args: &Export, format: Format) -> Outcome {
     let (what, command) = ("A packed image", "pileus image export IMAGE -");
     let target = Target::of(context, &args.file, args.force, what, command)?;
     let client = context.client().await?;
@@ -85,6 +89,11 @@ pub(super) async fn export(context: &Context, args: &Export) -> Outcome {
     target.receive(context, &client, &args.image, begin).await?;
     match target.is_stdout() {
         true => Ok(0),
-        false => context.print(&format!("Exported: {}\n", args.image)),
+        false => {
+            let words = format!("Exported: {}\n", args.image);
+            let file = Node::text(args.file.display().to_string());
+            let done = [("exported", Node::text(&args.image)), ("file", file)];
+            context.print(&did(&words, &done, format))
+        }
     }
 }
