@@ -1,7 +1,7 @@
 //! Hardware that an image or a launch chooses, with machines that are no real ones: what goes before what,
 //! what is kept, what is refused, and what is told.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use pileus_testkit::{Daemon, Need, need};
@@ -94,6 +94,33 @@ fn fake_hardware_is_kept_for_life() {
         &["type=1 uuid=52bab607-10f1-4049-a0f8-ee4725cb715b"],
     );
 
+    // Programs are told as people are.
+    let told = world.run(&["info", "foo", "--format", "json"]).json();
+    let told = &told["info"]["foo"]["hardware"];
+    let machine_type = told["machine_type"].as_str().unwrap();
+    assert!(machine_type.starts_with("pc-i440fx-"), "{told}");
+    let display = told["display"].as_str().unwrap().to_owned();
+    // QEMU makes the socket, in the folder that it was given.
+    assert!(display.ends_with("/display/vnc.sock"), "{told}");
+    assert!(Path::new(&display).parent().unwrap().is_dir(), "{told}");
+    let expected = json!({
+        "machine_type": machine_type,
+        "topology": {"sockets": 2, "cores": 2, "threads": 1},
+        "network": "e1000",
+        "usb": "piix3-usb-uhci",
+        "graphics": "VGA",
+        "sound": "hda-duplex/intel-hda",
+        "inputs": ["usb-kbd", "usb-mouse", "usb-tablet"],
+        "keyboard_layout": "de",
+        "uuid": "52bab607-10f1-4049-a0f8-ee4725cb715b",
+        "display": display,
+    });
+    assert_eq!(told, &expected);
+    let table = world.run(&["info", "foo"]).ok();
+    for word in ["e1000", "VGA", "keyboard layout de", &display] {
+        assert!(table.contains(word), "no {word}: {table}");
+    }
+
     // A second one is another one to the network.
     let second = world.run(&[&args[..], &["bar"]].concat());
     assert_eq!(second.ok_with_words(), "Launched: bar\n");
@@ -110,6 +137,8 @@ fn fake_hardware_is_kept_for_life() {
 
     // Whatever happens to it, it stays the same machine.
     world.must("foo", "suspend");
+    // What does not run shows nothing.
+    assert_eq!(instance(&world, "foo")["hardware"]["display"], Value::Null);
     world.crash();
     world.must("foo", "start");
     has_all(&line(&world, "foo"), PARTS);

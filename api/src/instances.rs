@@ -298,6 +298,9 @@ pub struct Instance {
     pub memory: Size,
     pub disk: Size,
     pub mac: String,
+    /// What its machine consists of.
+    #[serde(default)]
+    pub hardware: InstanceHardware,
     /// The host's networks that it has cards in, from its next boot on.
     #[serde(default)]
     pub networks: Vec<InstanceNetwork>,
@@ -331,6 +334,45 @@ pub struct Instance {
     pub last_error: Option<ErrorBody>,
     /// What the guest last told of itself, while it runs.
     pub report: Option<GuestReport>,
+}
+
+/// What an instance's machine has, in the words of machine.json. What the image or the launch did not choose is as in every
+/// machine of ours.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct InstanceHardware {
+    /// QEMU's name of chipset and version, `pc-q35-10.0`; nothing before its first start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_type: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topology: Option<Topology>,
+    /// The network cards, `virtio-net-pci`.
+    pub network: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usb: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub graphics: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sound: Option<String>,
+    /// What is plugged into the USB controller: `usb-kbd`, `usb-mouse`, `usb-tablet`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inputs: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keyboard_layout: Option<String>,
+    /// What the firmware says that the machine's id is, if that is not the instance's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<Uuid>,
+    /// The Unix socket of its display (VNC) on the daemon's host, while it runs with graphics. Who can reach it can see and
+    /// type.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub display: Option<String>,
+}
+
+/// Processors; their product is the number of CPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Topology {
+    pub sockets: u32,
+    pub cores: u32,
+    pub threads: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -41,10 +41,10 @@ pub use images::{
     TagRequest, VerifyRequest,
 };
 pub use instances::{
-    Autostart, CloudInit, CloudInitStatus, DeleteQuery, GuestReport, Instance, InstanceImage,
-    InstanceNetwork, InstanceState, LaunchNetwork, LaunchRequest, LeaseRequest, LogQuery,
-    NetworkMode, OnCrash, Origin, Pending, PhaseTime, PortQuery, StartRequest, StopRequest,
-    Suspended, Usage, Warm,
+    Autostart, CloudInit, CloudInitStatus, DeleteQuery, GuestReport, Instance, InstanceHardware,
+    InstanceImage, InstanceNetwork, InstanceState, LaunchNetwork, LaunchRequest, LeaseRequest,
+    LogQuery, NetworkMode, OnCrash, Origin, Pending, PhaseTime, PortQuery, StartRequest,
+    StopRequest, Suspended, Topology, Usage, Warm,
 };
 pub use operations::{Operation, OperationEvent, OperationKind, OperationState, Progress};
 pub use pileus_base::{Class, Code, Digest, InstanceName, Phase, Size, SnapshotName};

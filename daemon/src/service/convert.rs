@@ -1,13 +1,14 @@
 //! From what the daemon knows of an instance to what the API tells of it.
 
 use pileus_api::{
-    CloudInitStatus, Instance as ApiInstance, InstanceImage, InstanceNetwork, InstanceState,
-    NetworkMode, Pending, Suspended,
+    CloudInitStatus, Instance as ApiInstance, InstanceHardware, InstanceImage, InstanceNetwork,
+    InstanceState, NetworkMode, Pending, Suspended, Topology,
 };
-use pileus_base::Digest;
+use pileus_base::{Digest, Layout};
+use pileus_instances::qemu::Paths;
 
 use super::registry::Instance;
-use crate::state::instances::{ExtraNic, InstanceRow, Stage};
+use crate::state::instances::{ExtraNic, InstanceRow, Spec, Stage};
 
 pub fn instance(instance: &Instance) -> ApiInstance {
     let row = instance.row();
@@ -23,6 +24,7 @@ pub fn instance(instance: &Instance) -> ApiInstance {
         .or(row.history.cloud_init)
         // A guest that ended while cloud-init ran did not finish it.
         .filter(|c| live || c.status != CloudInitStatus::Running);
+    let hardware = hardware(&row.spec);
     ApiInstance {
         id: row.id,
         name: row.name,
@@ -33,6 +35,7 @@ pub fn instance(instance: &Instance) -> ApiInstance {
         memory: row.spec.memory,
         disk: row.spec.disk,
         mac: row.mac.to_string(),
+        hardware,
         networks: row.spec.extra_nics.iter().map(network).collect(),
         ipv4,
         created_at: row.created_at,
@@ -54,6 +57,44 @@ pub fn instance(instance: &Instance) -> ApiInstance {
         last_error: row.history.last_error,
         report,
     }
+}
+
+/// The socket of its display comes from who knows where sockets are ([`with_display`]).
+fn hardware(spec: &Spec) -> InstanceHardware {
+    let has = &spec.hardware;
+    InstanceHardware {
+        machine_type: spec.machine_type.clone(),
+        topology: has.topology.map(|each| Topology {
+            sockets: each.sockets,
+            cores: each.cores,
+            threads: each.threads,
+        }),
+        network: has.nic.as_str().to_owned(),
+        usb: has.usb.map(|usb| usb.as_str().to_owned()),
+        graphics: has.graphics.map(|card| card.as_str().to_owned()),
+        sound: has.sound.map(|card| card.as_str().to_owned()),
+        inputs: has.inputs.iter().map(|i| i.as_str().to_owned()).collect(),
+        keyboard_layout: has.keyboard_layout.clone(),
+        uuid: has.uuid,
+        display: None,
+    }
+}
+
+/// The same, saying where its display is while there is one.
+pub fn with_display(mut instance: ApiInstance, layout: &Layout) -> ApiInstance {
+    let runs = !matches!(
+        instance.state,
+        InstanceState::Creating | InstanceState::Stopped | InstanceState::Suspended
+    );
+    if runs && instance.hardware.graphics.is_some() {
+        let (run, folder) = (
+            layout.instance_run(instance.id),
+            layout.instance(instance.id),
+        );
+        let display = Paths::of(&run, &folder).display();
+        instance.hardware.display = Some(display.to_string_lossy().into_owned());
+    }
+    instance
 }
 
 fn network(nic: &ExtraNic) -> InstanceNetwork {

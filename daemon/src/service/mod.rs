@@ -172,7 +172,7 @@ impl Service {
         let all = self.parts.registry.all();
         // One whose deletion has begun can't be asked for by name any more either.
         let there = all.iter().filter(|i| i.row().stage != Stage::Purging);
-        let mut list: Vec<_> = there.map(|i| convert::instance(i)).collect();
+        let mut list: Vec<_> = there.map(|i| self.told(i)).collect();
         list.sort_by(|a, b| a.name.cmp(&b.name));
         list
     }
@@ -181,7 +181,12 @@ impl Service {
     pub async fn instance(&self, name: &str) -> Result<ApiInstance> {
         let instance = self.parts.registry.get(name)?;
         self.refresh_report(&instance).await;
-        Ok(convert::instance(&instance))
+        Ok(self.told(&instance))
+    }
+
+    /// What clients are told of an instance.
+    fn told(&self, instance: &registry::Instance) -> ApiInstance {
+        convert::with_display(convert::instance(instance), &self.parts.layout)
     }
 
     async fn refresh_report(&self, instance: &registry::Instance) {

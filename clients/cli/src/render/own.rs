@@ -2,12 +2,15 @@
 //! `multipass`.
 
 use pileus_api::{
-    Autostart, CloudInitStatus, Instance, InstanceNetwork, NetworkMode, OnCrash, Origin, Pending,
-    Phase, PhaseTime, Size,
+    Autostart, CloudInitStatus, Instance, InstanceHardware, InstanceNetwork, NetworkMode, OnCrash,
+    Origin, Pending, Phase, PhaseTime, Size, Topology,
 };
 
 use super::node::Node;
 use super::seconds;
+
+/// The card that a machine has if nobody chose another.
+const USUAL_NETWORK: &str = "virtio-net-pci";
 
 /// What only pileus tells.
 pub(super) fn lines(instance: &Instance, line: &mut impl FnMut(&str, &str)) {
@@ -30,6 +33,12 @@ pub(super) fn lines(instance: &Instance, line: &mut impl FnMut(&str, &str)) {
             "Networks",
             &networks.collect::<Vec<_>>().join(&format!("\n{:16}", "")),
         );
+    }
+    if let Some(text) = hardware_text(&instance.hardware) {
+        line("Hardware", &text);
+    }
+    if let Some(display) = &instance.hardware.display {
+        line("Display", display);
     }
     if instance.autostart != Autostart::default() {
         line("Autostart", autostart_word(instance.autostart));
@@ -57,6 +66,68 @@ pub(super) fn lines(instance: &Instance, line: &mut impl FnMut(&str, &str)) {
             &phases_text(&instance.phases),
         );
     }
+}
+
+/// What the image or the launch chose; nothing for a machine as any other.
+fn hardware_text(hardware: &InstanceHardware) -> Option<String> {
+    let old = |machine: &&String| machine.starts_with("pc-i440fx");
+    let chipset = hardware.machine_type.as_ref().filter(old).cloned();
+    let topology = hardware.topology.map(|each| {
+        let Topology {
+            sockets,
+            cores,
+            threads,
+        } = each;
+        format!("{sockets} x {cores} x {threads} CPU(s)")
+    });
+    let network = Some(&hardware.network).filter(|card| *card != USUAL_NETWORK && !card.is_empty());
+    let layout = hardware.keyboard_layout.as_ref();
+    let chosen = [
+        chipset,
+        topology,
+        network.cloned(),
+        hardware.usb.clone(),
+        hardware.graphics.clone(),
+        hardware.sound.clone(),
+    ];
+    let inputs = hardware.inputs.iter().cloned();
+    let last = [
+        layout.map(|layout| format!("keyboard layout {layout}")),
+        hardware.uuid.map(|uuid| format!("UUID {uuid}")),
+    ];
+    let all: Vec<_> = chosen
+        .into_iter()
+        .flatten()
+        .chain(inputs)
+        .chain(last.into_iter().flatten())
+        .collect();
+    (!all.is_empty()).then(|| all.join(&format!("\n{:16}", "")))
+}
+
+fn hardware_node(hardware: &InstanceHardware) -> Node {
+    let topology = hardware.topology.map_or(Node::Null, |each| {
+        Node::map([
+            ("sockets", Node::Int(each.sockets.into())),
+            ("cores", Node::Int(each.cores.into())),
+            ("threads", Node::Int(each.threads.into())),
+        ])
+    });
+    let or_null = |text: &Option<String>| Node::or_null(text.as_ref());
+    Node::map([
+        ("machine_type", or_null(&hardware.machine_type)),
+        ("topology", topology),
+        ("network", Node::text(&hardware.network)),
+        ("usb", or_null(&hardware.usb)),
+        ("graphics", or_null(&hardware.graphics)),
+        ("sound", or_null(&hardware.sound)),
+        ("inputs", Node::texts(&hardware.inputs)),
+        ("keyboard_layout", or_null(&hardware.keyboard_layout)),
+        (
+            "uuid",
+            Node::or_null(hardware.uuid.map(|uuid| uuid.to_string())),
+        ),
+        ("display", or_null(&hardware.display)),
+    ])
 }
 
 fn network_text(network: &InstanceNetwork) -> String {
@@ -198,6 +269,7 @@ pub(super) fn fields(instance: &Instance) -> Vec<(&'static str, Node)> {
             "networks",
             Node::List(instance.networks.iter().map(network_node).collect()),
         ),
+        ("hardware", hardware_node(&instance.hardware)),
         ("created", Node::text(instance.created_at.to_string())),
         (
             "started",

@@ -41,6 +41,22 @@ pub fn instances() -> Vec<Instance> {
         memory: Size::gib(1),
         disk: Size::gib(5),
         mac: "52:54:00:01:02:03".into(),
+        hardware: pileus_api::InstanceHardware {
+            machine_type: Some("pc-i440fx-10.0".into()),
+            topology: Some(pileus_api::Topology {
+                sockets: 1,
+                cores: 1,
+                threads: 2,
+            }),
+            network: "e1000".into(),
+            usb: Some("piix3-usb-uhci".into()),
+            graphics: Some("VGA".into()),
+            inputs: vec!["usb-tablet".into()],
+            keyboard_layout: Some("de".into()),
+            uuid: Some(uuid::Uuid::from_u128(0x11)),
+            display: Some("/run/pileus/i/1/display/vnc.sock".into()),
+            sound: None,
+        },
         networks: vec![pileus_api::InstanceNetwork {
             name: "br0".into(),
             mode: pileus_api::NetworkMode::Auto,
@@ -93,6 +109,11 @@ pub fn instances() -> Vec<Instance> {
         snapshots: 0,
         ipv4: vec![],
         networks: vec![],
+        hardware: pileus_api::InstanceHardware {
+            machine_type: Some("pc-q35-10.0".into()),
+            network: "virtio-net-pci".into(),
+            ..pileus_api::InstanceHardware::default()
+        },
         started_at: None,
         origin: Origin::Cold {
             reason: Some("no template for 3 CPUs".into()),
