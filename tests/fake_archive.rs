@@ -2,9 +2,10 @@
 //! on either side, leaves nothing there and harms nothing here.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -50,6 +51,52 @@ fn nothing_is_left(world: &World) {
     assert!(stages.is_empty(), "{stages:?}");
 }
 
+/// Who reads what is told of changes.
+struct Watch(Child, BufReader<ChildStdout>);
+
+impl Watch {
+    fn begin(world: &World) -> Self {
+        let mut child = world
+            .command(&["events", "--format", "json"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        // It listens when it hears of something.
+        let mut line = String::new();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let _ = world.run(&["image", "verify", "--all"]);
+                }
+            });
+            lines.read_line(&mut line).unwrap();
+            over.store(true, Ordering::Relaxed);
+        });
+        world.settle();
+        Self(child, lines)
+    }
+
+    /// The kinds of events up to the end of an import.
+    fn end(mut self) -> Vec<String> {
+        let mut kinds = Vec::new();
+        loop {
+            let mut line = String::new();
+            assert!(self.1.read_line(&mut line).unwrap() > 0, "{kinds:?}");
+            let event: Value = serde_json::from_str(&line).unwrap();
+            kinds.push(text(&event, "type").to_owned());
+            let operation = &event["operation"];
+            if operation["kind"] == "import" && operation["state"] != "running" {
+                break;
+            }
+        }
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+        kinds
+    }
+}
+
 /// Snapshots that are no mere line: `two` and `three` were both taken on `one`.
 fn snapshot_tree(world: &World) {
     world.launch("foo");
@@ -88,7 +135,30 @@ fn fake_an_instance_travels() {
     assert!(!Path::new(&format!("{file}.part")).exists());
 
     let there = World::new();
+    let watch = Watch::begin(&there);
     assert_eq!(there.run(&["import", &file]).ok(), "Imported: foo\n");
+    // The image came with it, as images come otherwise: it is told, and what its disk holds is known.
+    let told = watch.end();
+    assert_eq!(
+        told.iter().filter(|t| *t == "images").count(),
+        1,
+        "{told:?}"
+    );
+    let digest = text(&there.instance("foo")["image"], "digest").to_owned();
+    let details = there.api.get(&format!("/v1/images/{digest}")).unwrap();
+    let same = here.run(&[
+        "image",
+        "inspect",
+        &here.fake_image().display().to_string(),
+        "--format",
+        "json",
+    ]);
+    assert_eq!(details["disk_digest"], same.json()["disk_digest"]);
+    assert!(details["disk_digest"].is_string(), "{details}");
+    assert_eq!(
+        there.run(&["image", "verify", &digest]).ok(),
+        "Verified: 1 image\n"
+    );
     assert_eq!(there.state("foo"), "stopped");
     there.all_is_well();
     let (old, new) = (here.instance("foo"), there.instance("foo"));
@@ -141,10 +211,13 @@ fn fake_an_instance_travels() {
     let images = there.api.get("/v1/images").unwrap();
     assert_eq!(images.as_array().map(Vec::len), Some(1));
     // Back where it came from, the image is there already.
+    let watch = Watch::begin(&here);
     assert_eq!(
         here.run(&["import", &file, "--name", "back"]).ok(),
         "Imported: back\n"
     );
+    let told = watch.end();
+    assert!(!told.contains(&"images".to_owned()), "{told:?}");
     assert_eq!(
         here.instance("back")["image"],
         here.instance("foo")["image"]

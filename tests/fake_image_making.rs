@@ -289,6 +289,40 @@ fn fake_installations() {
     let manifest: Value =
         serde_json::from_slice(&member(&path(&world, "kernel"), "manifest.json")).unwrap();
     assert_eq!(manifest["provenance"]["os"], "Own");
+    // It says by which recipe it was built, to whoever looks, and still when it went through a store.
+    let recipe = text(&manifest["provenance"], "recipe").to_owned();
+    assert!(recipe.starts_with("sha256:"), "{manifest}");
+    let built = path(&world, "kernel");
+    let seen = world.run(&["image", "inspect", &built, "--format", "json"]);
+    assert_eq!(seen.json()["manifest"]["provenance"]["recipe"], *recipe);
+    let seen = world.run(&["image", "inspect", &built]).ok();
+    assert!(
+        seen.contains(&format!("provenance.recipe: {recipe}")),
+        "{seen}"
+    );
+    world.run(&["image", "import", &built, "--tag", "own"]).ok();
+    let exported = path(&world, "exported");
+    world.run(&["image", "export", "own", &exported]).ok();
+    let again: Value = serde_json::from_slice(&member(&exported, "manifest.json")).unwrap();
+    assert_eq!(again["provenance"]["recipe"], *recipe);
+    world.run(&["image", "rm", "own", "--force"]).ok();
+    // The same recipe makes the same bytes, wherever it lies; another one says so.
+    fs::create_dir(world.folder().join("elsewhere")).unwrap();
+    write(&world, "elsewhere/vmlinuz", "a kernel");
+    world.fakes_do("powers-off-after-ms=50");
+    for (more, same) in [("", true), ("timeout: 600\n", false)] {
+        let moved = write(&world, "elsewhere/recipe.yaml", &format!("{kernel}{more}"));
+        world
+            .run(&["image", "build", &moved, &exported, "--force"])
+            .ok_with_words();
+        assert_eq!(
+            fs::read(&exported).unwrap() == fs::read(&built).unwrap(),
+            same
+        );
+        let said: Value = serde_json::from_slice(&member(&exported, "manifest.json")).unwrap();
+        assert_eq!(said["provenance"]["recipe"] == *recipe, same);
+    }
+    nothing_is_left(&world, &[], before);
     let machine: Value =
         serde_json::from_slice(&member(&path(&world, "cd"), "machine.json")).unwrap();
     assert_eq!(machine["memory"], 256);

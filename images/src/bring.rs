@@ -306,6 +306,7 @@ fn made_of(info: &mut ImageInfo, said: Provenance) {
         .filter_map(|(name, value)| Some(format!("{name}: {}", value.as_deref()?)))
         .collect();
     info.made_of = (!lines.is_empty()).then(|| lines.join("\n"));
+    info.recipe = said.recipe;
     // What the one who gave us the image says goes before it.
     for (field, value) in [
         (&mut info.os, said.os),

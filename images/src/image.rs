@@ -68,6 +68,9 @@ pub struct ImageInfo {
     /// What it was made of and how, for a person: the lines of a packed image's manifest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub made_of: Option<String>,
+    /// SHA-256 of the recipe that it was built by, as it says itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<Digest>,
     /// By which a change of the disk shows without reading it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_mark: Option<DiskMark>,
@@ -119,6 +122,7 @@ impl ImageInfo {
             kernel_digest: None,
             initrd_digest: None,
             made_of: None,
+            recipe: None,
             disk_mark: None,
         }
     }

@@ -107,9 +107,13 @@ impl Service {
         let Unpacked {
             manifest,
             image,
+            is_new,
             mut layers,
             given,
         } = unpacked;
+        if is_new {
+            self.images_changed();
+        }
         let digest = image.digest().clone();
         let row = instance
             .change(|row| describe(row, &manifest, &layers.0, digest))
@@ -234,6 +238,8 @@ struct Unpacking {
 struct Unpacked {
     manifest: Manifest,
     image: Arc<Image>,
+    /// The store did not have it before.
+    is_new: bool,
     layers: Fresh,
     given: Given,
 }
@@ -261,10 +267,13 @@ impl Unpacking {
         }
         self.finish()?;
         files::sync_folder(&self.layout.layers())?;
+        let is_new = known.is_none();
         let image = match (known, incoming) {
             (Some(image), _) => image,
             (None, Some(incoming)) => {
-                let info = self.image_info(&content)?;
+                let mut info = self.image_info(&content)?;
+                // Without it nothing could tell damage later.
+                info.disk_digest = Some(incoming.disk_digest(&mut |_| moved.add(0))?);
                 self.store.publish_import(incoming, info, &content)?
             }
             (None, None) => return Err(Error::internal("An import has no image")),
@@ -272,6 +281,7 @@ impl Unpacking {
         Ok(Unpacked {
             manifest: self.manifest,
             image,
+            is_new,
             layers: self.layers,
             given: self.given,
         })

@@ -15,11 +15,14 @@ use serde::{Deserialize, Serialize};
 use super::member::Moved;
 use super::write::digest_of;
 use crate::image::{Draft, Image, ImageInfo};
+use crate::packed;
 use crate::stage::Stage;
 use crate::store::Store;
 
 /// Beside an image's other files: what it consists of, so that it is read once.
 const CONTENT: &str = "content.json";
+/// More threads than that don't help one reader of a disk.
+const MOST_THREADS: usize = 4;
 
 /// What an image consists of. Digests as an archive's members have them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -164,5 +167,13 @@ impl Incoming {
 
     pub fn initrd(&self) -> PathBuf {
         self.draft.initrd()
+    }
+
+    /// What `ImageInfo::disk_digest` says: an archive's own digest of the disk is another one. Reads the disk. Blocks.
+    pub fn disk_digest(&self, moved: Moved<'_>) -> Result<Digest> {
+        let path = self.disk();
+        let file = File::open(&path).io(format_args!("Opening {}", path.display()))?;
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        packed::digest::of_file(&file, threads.min(MOST_THREADS), moved)
     }
 }

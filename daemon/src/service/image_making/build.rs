@@ -99,11 +99,13 @@ impl Service {
             if about.title.is_none() {
                 info.title.clone_from(&image.info().title);
             }
+            info.recipe.clone_from(&about.recipe);
             info.made_of = Some(match &about.recipe {
                 Some(recipe) => format!("{} by the recipe {recipe}", launch.wanted.source),
                 None => launch.wanted.source.clone(),
             });
-            self.publish(&parts, info, report).await
+            let stays = about.tag.is_some();
+            self.publish(&parts, info, stays, report).await
         };
         match done.await {
             Ok((image, is_new)) => {

@@ -111,11 +111,13 @@ impl Service {
                 Medium::Kernel { .. } => "recipe from a kernel",
             };
             let mut info = self.info_of(None, what.to_owned(), &about);
+            info.recipe.clone_from(&about.recipe);
             info.made_of = about
                 .recipe
                 .as_ref()
                 .map(|recipe| format!("an empty disk by the recipe {recipe}"));
-            self.publish(&parts, info, report).await
+            let stays = about.tag.is_some();
+            self.publish(&parts, info, stays, report).await
         };
         let done = done.await;
         machine.end().await;

@@ -72,7 +72,8 @@ impl Service {
             };
             let mut info = self.info_of(Some(image.info()), what, &about);
             info.made_of = Some(info.source.clone());
-            self.publish(&parts, info, report).await
+            let stays = request.tag.is_some();
+            self.publish(&parts, info, stays, report).await
         };
         let done = done.await;
         machine.end().await;

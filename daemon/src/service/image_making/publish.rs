@@ -122,11 +122,12 @@ impl Service {
         })
     }
 
-    /// Makes an image of the store.
+    /// Makes an image of the store. One that `stays` there is one that can be verified.
     pub(super) async fn publish(
         &self,
         parts: &Parts,
         mut info: ImageInfo,
+        stays: bool,
         report: &Reporter,
     ) -> Result<(Arc<Image>, bool)> {
         report.phase(Phase::Flattening);
@@ -142,10 +143,13 @@ impl Service {
         }
         report.phase(Phase::VerifyingImage);
         let counted = report.clone();
-        let (incoming, content) = blocking(move || {
+        let (incoming, content, info) = blocking(move || {
             let mut moved = Progress::new(&counted, None);
             let content = incoming.disk_content(&mut |n| moved.add(n))?;
-            Ok((incoming, content))
+            if stays {
+                info.disk_digest = Some(incoming.disk_digest(&mut |_| moved.add(0))?);
+            }
+            Ok((incoming, content, info))
         })
         .await?;
         report.check()?;

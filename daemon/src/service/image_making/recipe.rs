@@ -179,8 +179,6 @@ fn about(recipe: &Recipe, tag: Option<String>) -> Result<About> {
             Some(read.map_err(|err| bad(format!("The recipe's machine is refused: {err}")))?)
         }
     };
-    let text = serde_json::to_vec(recipe)
-        .map_err(|err| Error::internal(format!("Writing a recipe: {err}")))?;
     Ok(About {
         tag,
         title: recipe.title.clone(),
@@ -188,8 +186,32 @@ fn about(recipe: &Recipe, tag: Option<String>) -> Result<About> {
         release: recipe.release.clone(),
         version: recipe.version.clone(),
         machine,
-        recipe: Some(Member::of(&text).sha256),
+        recipe: Some(digest_of(recipe)?),
     })
+}
+
+/// What a recipe is known by: itself as JSON, wherever on a host the files lie that it names. So the same recipe makes the
+/// same image in every folder, and nobody can try out which folder it was.
+fn digest_of(recipe: &Recipe) -> Result<Digest> {
+    let name = |path: &mut String| {
+        if (path.starts_with('/') || path.starts_with("file://"))
+            && let Some((_, name)) = path.rsplit_once('/')
+        {
+            *path = name.to_owned();
+        }
+    };
+    let mut recipe = recipe.clone();
+    match &mut recipe.from {
+        api::From::Image(image) => name(image),
+        api::From::Iso(from) => name(&mut from.iso),
+        api::From::Kernel(from) => {
+            name(&mut from.kernel);
+            from.initrd.iter_mut().for_each(name);
+        }
+    }
+    let text = serde_json::to_vec(&recipe)
+        .map_err(|err| Error::internal(format!("Writing a recipe: {err}")))?;
+    Ok(Member::of(&text).sha256)
 }
 
 /// A text that lists show.
@@ -381,6 +403,20 @@ mod tests {
         );
         assert!(matches!(&order.steps[1].what, What::Copy { bytes: 7, .. }));
         assert!(matches!(&order.steps[2].what, What::Run { shell, .. } if shell.len() == 2));
+    }
+
+    #[test]
+    fn a_recipe_is_known_by_what_it_says() {
+        let known = |recipe: Value| checked(&recipe, &[]).unwrap().about.recipe.unwrap();
+        let kernel =
+            |path: &str, line: &str| json!({ "from": { "kernel": path, "cmdline": line } });
+        let one = known(kernel("/home/ann/vmlinuz", "a"));
+        assert_eq!(one, known(kernel("/srv/vmlinuz", "a")));
+        assert_ne!(one, known(kernel("/srv/vmlinuz", "b")));
+        assert_ne!(one, known(kernel("/srv/other", "a")));
+        let image = |from: &str| known(json!({ "from": from }));
+        assert_eq!(image("file:///home/ann/web.img"), image("file:///web.img"));
+        assert_ne!(image("https://a/web.img"), image("https://b/web.img"));
     }
 
     #[test]

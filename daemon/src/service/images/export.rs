@@ -78,6 +78,7 @@ fn provenance(info: &ImageInfo) -> Provenance {
     let text = |text: &str| Some(line(text)).filter(|text| !text.is_empty());
     Provenance {
         source: text(&source(&info.source)),
+        recipe: info.recipe.clone(),
         title: text(&source(&info.title)),
         os: text(&info.os),
         release: text(&info.release),
