@@ -1,8 +1,11 @@
 //! Requests that can't work: each with its own code and sentence, and nothing half-made left behind.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::time::Duration;
 
-use pileus_testkit::{Daemon, Need, Output, files_below, need};
+use pileus_testkit::{Daemon, Need, Output, files_below, need, wait_until};
 
 /// The launch must fail, and leave no instance, file, machine or stage.
 #[track_caller]
@@ -73,6 +76,75 @@ fn fake_bad_requests() {
     // cloud-init that isn't any.
     let bad = daemon.run_with(&["launch", &image, "--cloud-init", "-"], b"a: [1, 2");
     refused(&daemon, &bad, 2, "cloud-init");
+}
+
+/// Whoever asks for something and goes at once gets it done or undone, never the half of it.
+#[test]
+fn fake_clients_that_go() {
+    if !need(&[Need::Root, Need::Tun]) {
+        return;
+    }
+    let daemon = Daemon::fake();
+    let image = format!("file://{}", daemon.fake_image().display());
+    let ask = |method: &str, path: &str, body: &str, patience: Duration| {
+        let mut stream = UnixStream::connect(daemon.socket()).unwrap();
+        let length = body.len();
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: pileus\r\nContent-Type: application/json\r\n\
+             Content-Length: {length}\r\n\r\n{body}"
+        )
+        .unwrap();
+        std::thread::sleep(patience);
+    };
+    daemon.launch_fake("kept").ok();
+    for n in 0..24 {
+        let patience = Duration::from_micros(n * 400);
+        let body = format!(r#"{{"name":"a{n}","image":"{image}"}}"#);
+        ask("POST", "/v1/instances", &body, patience);
+        let name = format!("kept{n}");
+        let (before, body) = (only_kept(&daemon), format!(r#"{{"name":"{name}"}}"#));
+        ask(
+            "POST",
+            &format!("/v1/instances/{before}/rename"),
+            &body,
+            patience,
+        );
+    }
+    wait_until("nothing is in between", 60, || {
+        let all = daemon.api().instances().unwrap();
+        let done = all.iter().all(|instance| instance["state"] == "running");
+        done.then_some(())
+    });
+    // It can be asked for by the name that it is listed with, and every name can be had again.
+    let kept = only_kept(&daemon);
+    assert_eq!(daemon.get(&format!("/v1/instances/{kept}"))["name"], kept);
+    let all = daemon.api().instances().unwrap();
+    for n in 0..24 {
+        let name = format!("a{n}");
+        if all.iter().all(|instance| instance["name"] != name) {
+            daemon.launch_fake(&name).ok();
+        }
+    }
+    daemon.run(&["delete", "--all"]).ok();
+    let mut patience = Duration::ZERO;
+    wait_until("the trash is empty", 60, || {
+        // What one of them has begun is finished by it, or by the next one.
+        ask("POST", "/v1/purge", "", patience);
+        patience += Duration::from_micros(500);
+        let none = daemon.api().instances().unwrap().is_empty();
+        let files = files_below(&daemon.storage().join("data/instances"));
+        (none && files.is_empty()).then_some(())
+    });
+    daemon.launch_fake("kept").ok();
+}
+
+fn only_kept(daemon: &Daemon) -> String {
+    let all = daemon.api().instances().unwrap();
+    let names = all.iter().filter_map(|instance| instance["name"].as_str());
+    let kept: Vec<_> = names.filter(|name| name.starts_with("kept")).collect();
+    assert_eq!(kept.len(), 1, "{all:?}");
+    kept[0].to_owned()
 }
 
 #[test]

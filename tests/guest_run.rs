@@ -2,12 +2,14 @@
 //! killed.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pileus_base::Layout;
 use pileus_testkit::{Daemon, GUEST_IMAGE, Need, Options, Output, files_below, need, wait_until};
 
 const RUN: [&str; 3] = ["run", "--warm", "-q"];
@@ -41,11 +43,9 @@ fn signal(child: &Child, signal: Signal) {
     kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
 }
 
-fn memory_folders() -> Vec<PathBuf> {
-    let all = files_below(Path::new("/dev/shm"));
-    all.into_iter()
-        .filter(|path| path.starts_with("pileus-0-"))
-        .collect()
+/// What this daemon has in memory; other tests have something there as well.
+fn in_memory(daemon: &Daemon) -> Vec<PathBuf> {
+    files_below(&Layout::below(&daemon.storage(), 0).memory)
 }
 
 /// No instance, machine, file or address of any run.
@@ -72,7 +72,7 @@ fn guest_run() {
     copies(&daemon);
     budgets(&daemon);
     terminal(&daemon);
-    nothing_left(&daemon, 10);
+    nothing_left(&daemon, 30);
     assert_eq!(run(&daemon, &[], &["nonesuch"], b"").code(), 127);
     let unknown = daemon.run(&["run", "nonesuch", "--", "true"]);
     unknown.fails_with(125);
@@ -123,7 +123,6 @@ fn copies(daemon: &Daemon) {
     let words = ["--tmpfs", "--copy-in", "tree", "--copy-out", "made:here"];
     let script = "cp -a tree made && echo more > made/more && readlink made/below/link";
     let args = [&RUN[..], &words, &[GUEST_IMAGE, "--", "sh", "-c", script]].concat();
-    let before = memory_folders();
     let out = daemon.command(&args).current_dir(&folder).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&out.stderr), "");
     assert_eq!(String::from_utf8_lossy(&out.stdout), "data\n");
@@ -140,9 +139,8 @@ fn copies(daemon: &Daemon) {
         std::fs::read_to_string(made.join("more")).unwrap(),
         "more\n"
     );
-    nothing_left(daemon, 10);
-    let after = memory_folders();
-    let left: Vec<_> = after.iter().filter(|path| !before.contains(path)).collect();
+    nothing_left(daemon, 30);
+    let left = in_memory(daemon);
     assert!(left.is_empty(), "{left:?}");
 }
 
@@ -150,7 +148,7 @@ fn budgets(daemon: &Daemon) {
     let began = Instant::now();
     let late = run(daemon, &["--timeout", "1"], &["sleep", "600"], b"");
     assert_eq!(late.code(), 124, "{}", late.stderr);
-    assert!(began.elapsed() < Duration::from_secs(60));
+    assert!(began.elapsed() < Duration::from_secs(300));
     let much = run(daemon, &["--max-output", "1M"], &["yes"], b"");
     assert_eq!(much.code(), 125, "{}", much.stderr);
     assert!(much.stdout.len() <= 2 << 20, "{}", much.stdout.len());
@@ -240,12 +238,12 @@ fn two_at_once_and_kept(daemon: &Daemon) {
     signal(&server, Signal::SIGINT);
     // It is the command's own business: this one takes Ctrl-C for a good end.
     assert_eq!(server.wait().unwrap().code(), Some(0));
-    wait_until("only the kept one is left", 10, || {
+    wait_until("only the kept one is left", 30, || {
         (daemon.machines().len() == 1).then_some(())
     });
     assert_eq!(daemon.exec("kept", &["hostname"]), "kept\n");
     daemon.run(&["delete", "--purge", "kept"]).ok();
-    nothing_left(daemon, 5);
+    nothing_left(daemon, 30);
 }
 
 #[test]
@@ -270,9 +268,12 @@ fn guest_run_whoever_is_killed() {
         let mut early = begin(&daemon, &["-n", "early"], &["sh", "-c", "echo too late"]);
         std::thread::sleep(Duration::from_millis(millis));
         signal(&early, Signal::SIGINT);
-        let code = early.wait().unwrap().code();
-        assert_eq!(code, Some(130), "after {millis} ms");
-        wait_until("the cancelled launch is undone", 10, || {
+        let ended = early.wait().unwrap();
+        // One that had not come to listen for it is ended by it.
+        let by_signal = ended.signal() == Some(Signal::SIGINT as i32);
+        let ok = by_signal || ended.code() == Some(130);
+        assert!(ok, "{ended} after {millis} ms");
+        wait_until("the cancelled launch is undone", 60, || {
             (daemon.state("early") == "none").then_some(())
         });
     }
@@ -306,10 +307,10 @@ fn guest_run_whoever_is_killed() {
     let machines = daemon.machines();
     assert_eq!(machines.len(), 1);
     daemon.kill();
-    wait_until("the machine ends with the daemon", 5, || {
+    wait_until("the machine ends with the daemon", 30, || {
         daemon.machines().is_empty().then_some(())
     });
     assert_eq!(left.wait().unwrap().code(), Some(125));
     daemon.start_again();
-    nothing_left(&daemon, 1);
+    nothing_left(&daemon, 30);
 }
