@@ -49,7 +49,8 @@ const IDENTIFY_BOUND: Duration = Duration::from_secs(120);
 
 type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// What the daemon does for an instance on the host: its place in the network, its rights.
+/// What the daemon does for an instance on the host: its place in the network, its rights. A machine that is no
+/// instance's (a template's, an installer's) has no more than what has to be given.
 pub trait Wiring: Send + Sync + 'static {
     /// The hypervisor to use, looked for again if it was not there.
     fn host(&self) -> Later<'_, Result<Arc<Host>>>;

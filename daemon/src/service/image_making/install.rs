@@ -10,10 +10,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pileus_api::{Digest, InstanceName};
-use pileus_base::{Code, Error, Mac, Phase, Reporter, Result, ResultExt, Size, files};
+use pileus_base::{Code, Error, Phase, Reporter, Result, ResultExt, Size, files};
 use pileus_images::{Image, ImageRef, overlay};
 use pileus_instances::driver::{DirectBoot, Host, QemuDriver, RunningVm, SEED, Setup, Wiring};
-use pileus_instances::guest::clone::IdentitySpec;
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::machine::{Driver, Vm, VmEvent};
 use pileus_instances::qemu::hardware::Hardware;
@@ -369,10 +368,6 @@ impl Wiring for InstallWiring {
         })
     }
 
-    fn plug_extra(&self, _number: usize, _mac: Mac) -> Later<'_, Result<Option<OwnedFd>>> {
-        Box::pin(async { Ok(None) })
-    }
-
     fn unplug(&self) -> Later<'_, ()> {
         Box::pin(async {
             let network = &self.service.parts().network;
@@ -380,18 +375,6 @@ impl Wiring for InstallWiring {
                 tracing::warn!(instance = %self.row.name, %err, "its network entry can't be removed");
             }
         })
-    }
-
-    fn setup(&self) -> Option<Setup> {
-        None
-    }
-
-    fn identity(&self) -> Result<Option<IdentitySpec>> {
-        Ok(None)
-    }
-
-    fn identified(&self) -> Later<'_, Result<()>> {
-        Box::pin(async { Ok(()) })
     }
 
     fn layers(&self) -> Vec<PathBuf> {

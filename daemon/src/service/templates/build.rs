@@ -11,7 +11,6 @@ use pileus_api::{Event, Operation, OperationKind, TemplateRequest};
 use pileus_base::{Code, Error, Mac, Phase, Reporter, Result, Size, files};
 use pileus_images::{Image, overlay};
 use pileus_instances::driver::{Host, QemuDriver, Setup, Wiring};
-use pileus_instances::guest::clone::IdentitySpec;
 use pileus_instances::guest::keys::InstanceKeys;
 use pileus_instances::guest::seed::{self, SeedSpec};
 use pileus_instances::machine::BOOT_TIMEOUT;
@@ -284,24 +283,8 @@ impl Wiring for Unplugged {
         Box::pin(async { Err(Error::internal("A template has no NIC")) })
     }
 
-    fn plug_extra(&self, _number: usize, _mac: Mac) -> Later<'_, Result<Option<OwnedFd>>> {
-        Box::pin(async { Ok(None) })
-    }
-
     fn unplug(&self) -> Later<'_, ()> {
         Box::pin(async {})
-    }
-
-    fn setup(&self) -> Option<Setup> {
-        None
-    }
-
-    fn identity(&self) -> Result<Option<IdentitySpec>> {
-        Ok(None)
-    }
-
-    fn identified(&self) -> Later<'_, Result<()>> {
-        Box::pin(async { Ok(()) })
     }
 
     fn layers(&self) -> Vec<PathBuf> {
