@@ -239,6 +239,9 @@ fn guest_forks() {
         &daemon,
         "echo $PILEUS_HOSTNAME $PILEUS_MODE $(hostname) > /var/tmp/hooked",
     );
+    // What a machine that was booted has: drawn by chance, once.
+    let drawn = "cd /var/lib/systemd && head -c 512 /dev/urandom > random-seed && echo drawn > credential.secret";
+    daemon.exec("src", &["sudo", "sh", "-c", drawn]);
     let forked = daemon.run(&["-v", "fork", "src", "-n", "2"]);
     assert_eq!(forked.ok_with_words(), "src-fork1\nsrc-fork2\n");
     assert!(

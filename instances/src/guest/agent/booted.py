@@ -97,13 +97,18 @@ def take_record(old, request, settings):
             remove(folder)
 
 
-def take_secrets():
-    """What was drawn by chance, once, on the other machine."""
+def take_seeds():
+    """What the next boot would begin with, and what was drawn once, as on the other machine. A fork's disk has it too."""
     remove(*OTHER_SEEDS)
     if os.path.exists(RANDOM_SEED):
         put(RANDOM_SEED, os.urandom(512), 0o600)
     # Is made anew when it is needed. What it encrypted is lost to a copy in any case: it holds the machine's id.
     remove("/var/lib/systemd/credential.secret")
+
+
+def take_secrets():
+    """What was drawn by chance, once, on the other machine."""
+    take_seeds()
     booted_at = next((int(l.split()[1]) for l in read_text("/proc/stat", 1 << 20).splitlines() if l.startswith("btime ")), 0)
     remove(*(path for pattern in LEASES for path in glob.glob(pattern) if os.stat(path).st_mtime < booted_at))
     text = read_text(ISCSI)

@@ -340,6 +340,9 @@ def identify(agent, request):
             network_files(NETWORKD_RUN, "PermanentMACAddress=" + nic["mac"])
         network = Network()
     put(GENERATION, "%s %s\n" % (settings["instance"], request["machine_id"]))
+    # A template has none of them.
+    if full:
+        take_seeds()
     flush_seed()
     agent.set_timezone()
     steps.mark("network's files")
