@@ -2,9 +2,11 @@
 //! breaks it off. What needs a real guest (steps, clean-up) is in `guest_image_making.rs`.
 
 use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pileus_testkit::{Need, files_below, need, wait_until};
@@ -365,6 +367,20 @@ fn begin(world: &World, args: &[&str], machine: &str) -> Child {
     child
 }
 
+impl World {
+    fn has_unnamed_files(&self) -> bool {
+        let mut file = fs::File::options();
+        file.write(true).custom_flags(OFlag::O_TMPFILE.bits());
+        let has = file.open(self.folder()).is_ok();
+        if !has {
+            eprintln!(
+                "SKIPPED: what a killed client leaves; this file system has no unnamed files"
+            );
+        }
+        has
+    }
+}
+
 /// Whoever ends it, and whenever: nothing is left of it.
 #[test]
 fn fake_image_making_that_is_broken_off() {
@@ -397,7 +413,8 @@ fn fake_image_making_that_is_broken_off() {
             world.settle();
             nothing_is_left(&world, &["foo"], before);
             assert!(!Path::new(&file).exists());
-            if signal == Signal::SIGINT {
+            // Not even of one that is killed, where the file system has files without names.
+            if signal == Signal::SIGINT || world.has_unnamed_files() {
                 assert!(!Path::new(&format!("{file}.part")).exists());
             }
         }

@@ -186,9 +186,14 @@ fn fake_images_whose_clients_go() {
     // One that is told to stop leaves no half a file.
     let out = path(&world, "out.tar.zst");
     let child = spawn(&world, &["image", "export", "big", &out]);
-    wait("it writes", || {
-        Path::new(&format!("{out}.part")).exists() || Path::new(&out).exists()
-    });
+    let files = format!("/proc/{}/fd", child.id());
+    let writes = || {
+        let open = fs::read_dir(&files).into_iter().flatten().flatten();
+        let mut open = open.filter_map(|file| fs::read_link(file.path()).ok());
+        // It has no name yet, or `.part` behind it.
+        open.any(|file| file.parent() == Some(world.folder()))
+    };
+    wait("it writes", || writes() || Path::new(&out).exists());
     let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT);
     let ended = finish(child, "image export");
     assert_eq!(Path::new(&out).exists(), ended.status.success());
