@@ -37,6 +37,23 @@ fn is_exit(event: &VmEvent) -> bool {
     matches!(event, VmEvent::Exited(_))
 }
 
+/// Presses the power button until that comes of it: a guest that has just begun does not listen to it yet.
+async fn press(
+    vm: &Vm,
+    events: &mut tokio::sync::broadcast::Receiver<VmEvent>,
+    wanted: impl Fn(&VmEvent) -> bool,
+) -> VmEvent {
+    for _ in 0..30 {
+        // One that is on its way out does not answer any more.
+        let _ = vm.powerdown().await;
+        let seen = tokio::time::timeout(Duration::from_secs(1), event(events, &wanted));
+        if let Ok(seen) = seen.await {
+            return seen;
+        }
+    }
+    panic!("the guest does not listen to its power button");
+}
+
 #[tokio::test]
 async fn this_hosts_qemu_and_accelerator() {
     let qemu = qemu_or_skip!("this_hosts_qemu_and_accelerator");
@@ -88,10 +105,7 @@ async fn a_machine_starts_reboots_by_itself_and_powers_off_by_the_button() {
     vm.resume().await.unwrap();
     event(&mut events, |e| *e == VmEvent::Resumed).await;
 
-    // Only once the guest listens to the button again after its reset.
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    vm.powerdown().await.unwrap();
-    let down = event(&mut events, |e| matches!(e, VmEvent::Shutdown { .. })).await;
+    let down = press(&vm, &mut events, |e| matches!(e, VmEvent::Shutdown { .. })).await;
     assert!(
         matches!(down, VmEvent::Shutdown { guest: true, .. }),
         "{down:?}"
@@ -217,9 +231,7 @@ async fn a_machine_survives_the_kill_of_its_parent() {
     );
     let (vm, mut events) = Vm::adopt(process, &machine.spec.paths).await.unwrap();
     machine.greeted(1).await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    vm.powerdown().await.unwrap();
-    let exit = event(&mut events, is_exit).await;
+    let exit = press(&vm, &mut events, is_exit).await;
     // Not our child, so nobody tells us how it ended.
     assert!(matches!(
         exit,
@@ -287,9 +299,8 @@ async fn a_machine_runs_as_a_user_that_may_read_nothing_of_ours() {
     drop(vm);
     let found = process::find(&machine.spec.paths, machine.spec.uuid).unwrap();
     let (vm, mut events) = Vm::adopt(found, &machine.spec.paths).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    vm.powerdown().await.unwrap();
-    assert_eq!(event(&mut events, is_exit).await, VmEvent::Exited(CLEAN));
+    let exit = press(&vm, &mut events, is_exit).await;
+    assert_eq!(exit, VmEvent::Exited(CLEAN));
 }
 
 #[tokio::test]

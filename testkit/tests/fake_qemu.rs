@@ -366,5 +366,5 @@ async fn a_machine_costs_milliseconds() {
     }
     let each = began.elapsed() / TIMES;
     eprintln!("{each:?} from start to end");
-    assert!(each < Duration::from_millis(500), "{each:?}");
+    assert!(each < Duration::from_secs(3), "{each:?}");
 }

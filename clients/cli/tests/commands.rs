@@ -175,7 +175,7 @@ fn the_clients_own_timeout_has_its_exit_code() {
         ran.err
             .starts_with("Timed out waiting for instance launch.\n")
     );
-    assert!(begin.elapsed() < Duration::from_secs(3));
+    assert!(begin.elapsed() < Duration::from_secs(60));
     let calls = daemon.calls();
     assert!(
         !calls.iter().any(|call| call.starts_with("DELETE")),

@@ -266,7 +266,7 @@ fn wait_ends_when_it_is_so() {
     let ran = daemon.run("wait bar running --timeout 1");
     assert_eq!(ran.code, 5, "{ran:?}");
     assert_eq!(ran.err, "Timed out waiting for bar: running.\n");
-    assert!(begin.elapsed() < Duration::from_secs(5));
+    assert!(begin.elapsed() < Duration::from_secs(60));
     assert_eq!(daemon.run("wait none running").code, 2);
     assert_eq!(daemon.run("wait foo sunny").code, 1);
     assert_eq!(daemon.run("wait foo running --timeout 0").code, 1);

@@ -141,11 +141,15 @@ mod tests {
     #[test]
     fn ten_processes_are_looked_at_in_a_moment() {
         let me = ProcessId::of(std::process::id().cast_signed()).unwrap();
-        let began = std::time::Instant::now();
-        for _ in 0..10 {
-            count(me).unwrap();
-        }
-        // A busy machine; idle it is two milliseconds.
-        assert!(began.elapsed() < std::time::Duration::from_millis(500));
+        // The best of a few: this machine may be busy. Idle it is two milliseconds.
+        let tries = (0..5).map(|_| {
+            let began = std::time::Instant::now();
+            for _ in 0..10 {
+                count(me).unwrap();
+            }
+            began.elapsed()
+        });
+        let took = tries.min().unwrap();
+        assert!(took < std::time::Duration::from_millis(500), "{took:?}");
     }
 }

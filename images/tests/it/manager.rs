@@ -131,12 +131,16 @@ async fn many_callers_one_download_and_a_cancelled_one_disturbs_none() {
         .iter()
         .map(|cancel| {
             let report = Reporter::new(|_| (), cancel.clone());
-            let (manager, download) = (manager.clone(), slow(&asked, 300));
+            let (manager, download) = (manager.clone(), slow(&asked, 1500));
             tokio::spawn(async move { manager.instance("ci", download, &report).await })
         })
         .collect();
-    // The first one began the download.
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    // One of them began the download; whichever it is, it goes on without the first one.
+    let begin = Instant::now();
+    while asked.load(Ordering::SeqCst) == 0 {
+        assert!(begin.elapsed() < Duration::from_secs(20), "nobody asked");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     cancels[0].cancel();
     let mut served = 0;
     for (number, caller) in callers.into_iter().enumerate() {

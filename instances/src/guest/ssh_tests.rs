@@ -286,7 +286,7 @@ async fn dropping_a_session_hangs_its_command_up() {
         Some(Output::Stdout(_))
     ));
     drop(session);
-    for _ in 0..100 {
+    for _ in 0..600 {
         if mark.exists() {
             return;
         }
