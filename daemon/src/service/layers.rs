@@ -14,7 +14,9 @@
 //! (`restoring`) together with what it now stands on, and then the file is renamed.
 //!
 //! Between the steps of a freeze and QEMU's own change to the new top the VM writes to L, which nobody else stands
-//! on yet; the new disk is empty then, so the chain is right at every moment.
+//! on yet; the new disk is empty then, so the chain is right at every moment. If QEMU is never told (the daemon was
+//! killed, or QEMU refused), that lasts until the next freeze or the VM's end. L may grow meanwhile: the empty disk
+//! gets L's size before it is used ([`fit`]).
 
 use std::path::{Path, PathBuf};
 
@@ -73,7 +75,11 @@ impl Service {
         let layout = self.parts.layout.clone();
         let disk = wiring::disk(&layout, &row);
         let (size, moved) = (row.spec.disk, disk.clone());
-        let work = move || freeze(&layout, &moved, layer, size);
+        let below = row.spec.layers.iter().rev().nth(1).copied();
+        let work = move || {
+            fit(&layout, &moved, below)?;
+            freeze(&layout, &moved, layer, size)
+        };
         if let Err(err) = super::blocking(work).await {
             instance
                 .change(|row| row.spec.layers.retain(|l| *l != layer))
@@ -127,6 +133,39 @@ impl Service {
     }
 }
 
+impl Service {
+    /// Before an instance's VM is started: see [`fit`].
+    pub(super) async fn fit_disk(&self, instance: &Instance) -> Result<()> {
+        let (layout, row) = (self.parts.layout.clone(), instance.row());
+        let fitted = move || {
+            let disk = wiring::disk(&layout, &row);
+            fit(&layout, &disk, row.spec.layers.last().copied())
+        };
+        super::blocking(fitted).await
+    }
+}
+
+/// A disk is as large as the layer below it, or larger. An empty one that is not was never QEMU's, which wrote to
+/// the layer and made it grow: it is made anew.
+fn fit(layout: &Layout, disk: &Path, below: Option<Layer>) -> Result<()> {
+    let Some(below) = below.map(|layer| layout.layer(layer.0)) else {
+        return Ok(());
+    };
+    // What can't be read is told of by whoever needs it.
+    let (Ok(size), Ok(has)) = (overlay::size(&below), overlay::size(disk)) else {
+        return Ok(());
+    };
+    if has >= size || !overlay::is_empty(disk)? {
+        return Ok(());
+    }
+    tracing::info!(disk = %disk.display(), %size, "it gets the size of the layer that grew below it");
+    let next = next(disk);
+    files::remove_file(&next)?;
+    overlay::create_on_layer(&next, size, &below)?;
+    std::fs::rename(&next, disk).io(format_args!("Renaming {}", next.display()))?;
+    sync_beside(disk)
+}
+
 fn sync_beside(file: &Path) -> Result<()> {
     match file.parent() {
         Some(folder) => files::sync_folder(folder),
@@ -151,6 +190,7 @@ pub(crate) fn settle(layout: &Layout, row: &mut InstanceRow) -> Result<bool> {
     let disk = wiring::disk(layout, row);
     settle_restore(&disk, row)?;
     settle_freeze(layout, &disk, row)?;
+    fit(layout, &disk, row.spec.layers.last().copied())?;
     // A growth is noted before it is done.
     match overlay::size(&disk) {
         Ok(size) if size != row.spec.disk => {
@@ -287,6 +327,32 @@ mod tests {
             assert_eq!(data == b"nothing yet", committed);
             assert!(!settle(&layout, &mut row).unwrap());
         }
+    }
+
+    #[test]
+    fn a_disk_gets_the_size_of_what_grew_below_it() {
+        let (_dir, layout, mut row, layer) = cut_off(3);
+        let (disk, below) = (wiring::disk(&layout, &row), layout.layer(layer.0));
+        std::fs::remove_file(&below).unwrap();
+        overlay::create(&below, Size::gib(2), Path::new("/dev/null")).unwrap();
+        row.spec.disk = Size::gib(2);
+        assert!(!settle(&layout, &mut row).unwrap());
+        assert_eq!(overlay::size(&disk).unwrap(), Size::gib(2));
+        assert!(overlay::is_empty(&disk).unwrap() && !next(&disk).exists());
+        // A larger one, and one that was written to, stay what they are.
+        for size in [3, 1] {
+            std::fs::remove_file(&disk).unwrap();
+            overlay::create_on_layer(&disk, Size::gib(size), &below).unwrap();
+            if size == 1 {
+                let mut bytes = std::fs::read(&disk).unwrap();
+                let table = u64::from_be_bytes(bytes[40..48].try_into().unwrap());
+                bytes[table as usize] = 0x80;
+                std::fs::write(&disk, bytes).unwrap();
+            }
+            fit(&layout, &disk, Some(layer)).unwrap();
+            assert_eq!(overlay::size(&disk).unwrap(), Size::gib(size));
+        }
+        fit(&layout, &disk, None).unwrap();
     }
 
     #[test]

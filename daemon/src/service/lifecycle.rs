@@ -48,6 +48,9 @@ impl Service {
     ) -> Result<()> {
         let machine = instance.machine()?.clone();
         let at_rest = machine.snapshot().state;
+        if matches!(at_rest, InstanceState::Stopped | InstanceState::Suspended) {
+            self.fit_disk(instance).await?;
+        }
         let promise = match at_rest {
             InstanceState::Stopped => {
                 self.apply_pending(instance).await?;

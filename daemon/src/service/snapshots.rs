@@ -251,7 +251,9 @@ impl Service {
             .operations
             .begin(OperationKind::Restore, name, |report| async move {
                 let _turn = instance.usable_turn(&report).await?;
-                service.restore_now(&instance, &meant, disk_only, &report).await
+                service
+                    .restore_now(&instance, &meant, disk_only, &report)
+                    .await
             })
             .await
     }
@@ -333,7 +335,11 @@ impl Service {
             .await
     }
 
-    async fn delete_snapshot_now(&self, instance: &Arc<Instance>, gone: &SnapshotRow) -> Result<()> {
+    async fn delete_snapshot_now(
+        &self,
+        instance: &Arc<Instance>,
+        gone: &SnapshotRow,
+    ) -> Result<()> {
         let (row, id) = (instance.row(), gone.id);
         // Others may have had their turn since: it is deleted once, and only under the name that was given.
         let gone = find(&row, gone.name.as_str())?.clone();
