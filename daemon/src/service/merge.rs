@@ -61,6 +61,12 @@ fn replace(chain: &mut Vec<Layer>, run: &[Layer], new: Layer) -> bool {
     true
 }
 
+/// Whether no VM has its layers open.
+fn at_rest(instance: &Instance) -> bool {
+    let state = instance.machine().map(|machine| machine.snapshot().state);
+    matches!(state, Ok(InstanceState::Stopped | InstanceState::Suspended))
+}
+
 impl Service {
     /// Runs as long as the daemon.
     pub async fn merge_in_background(&self) {
@@ -84,10 +90,6 @@ impl Service {
     /// How many became one.
     pub(super) async fn merge_layers(&self, instance: &Arc<Instance>) -> Result<usize> {
         let row = instance.row();
-        let at_rest = |instance: &Instance| {
-            let state = instance.machine().map(|machine| machine.snapshot().state);
-            matches!(state, Ok(InstanceState::Stopped | InstanceState::Suspended))
-        };
         let range = mergeable(&row, |layer| self.is_shared(layer));
         if range.len() < FEWEST || !at_rest(instance) || !self.parts.broken.is_empty() {
             return Ok(0);
@@ -108,27 +110,43 @@ impl Service {
             .store
             .merge(&image.disk(), &below, &merged, &target, &report)
             .await?;
-        let moved = files::sync_folder(&layout.layers());
-        let _turn = instance.turn(&report).await?;
-        let now = instance.row();
-        let fits = mergeable(&now, |layer| self.is_shared(layer));
-        let fits = now.spec.layers[fits]
-            .windows(run.len())
-            .any(|part| part == run);
-        if moved.is_err() || !fits || !at_rest(instance) {
+        if let Err(err) = files::sync_folder(&layout.layers()) {
             files::discard(&target)?;
-            return moved.map(|()| 0);
+            return Err(err);
+        }
+        // If that fails it is not known which of them the row has: a start of the daemon knows.
+        match self.take_merged(instance, &run, new).await? {
+            true => Ok(run.len()),
+            false => files::discard(&target).map(|()| 0),
+        }
+    }
+
+    /// Puts the new layer in the place of those that it was made of, unless something came between.
+    async fn take_merged(
+        &self,
+        instance: &Arc<Instance>,
+        run: &[Layer],
+        new: Layer,
+    ) -> Result<bool> {
+        let _turn = instance.turn(&Reporter::silent()).await?;
+        let row = instance.row();
+        // Of one that was deleted for good there is no row to take it.
+        let is_there = self.parts.registry.by_id(instance.id).is_some();
+        let range = mergeable(&row, |layer| self.is_shared(layer));
+        let mut chains = row.spec.layers[range].windows(run.len());
+        if !is_there || !at_rest(instance) || !chains.any(|part| part == run) {
+            return Ok(false);
         }
         instance
             .change(|row| {
-                replace(&mut row.spec.layers, &run, new);
+                replace(&mut row.spec.layers, run, new);
                 for snapshot in Arc::make_mut(&mut row.snapshots) {
-                    replace(&mut snapshot.layers, &run, new);
+                    replace(&mut snapshot.layers, run, new);
                 }
             })
             .await?;
-        self.drop_unused(&run)?;
-        Ok(run.len())
+        self.drop_unused(run)?;
+        Ok(true)
     }
 }
 
