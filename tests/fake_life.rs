@@ -1,6 +1,9 @@
 //! The whole life of instances, with machines that boot in milliseconds.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use pileus_testkit::{Daemon, Need, need};
+use serde_json::{Value, json};
 
 #[test]
 fn fake_from_launch_to_purge() {
@@ -108,4 +111,47 @@ fn fake_guest_side_ends_and_reboots() {
     assert!(info.contains("ended unexpectedly"), "{info}");
     daemon.run(&["start", "foo"]).ok();
     assert_eq!(daemon.state("foo"), "Running");
+}
+
+/// All clones of a fork have the memory of one moment, so they stand on the disk of that moment, whatever becomes
+/// of their source while they are made.
+#[test]
+fn fake_forks_beside_snapshots() {
+    if !need(&[Need::Root, Need::Tun]) {
+        return;
+    }
+    let daemon = Daemon::fake();
+    daemon.launch_fake("foo").ok();
+    let done = AtomicBool::new(false);
+    let taken = std::thread::scope(|scope| {
+        let snapshots = scope.spawn(|| {
+            let mut taken = 0;
+            // A disk has a bounded number of layers.
+            while taken < 100 && !done.load(Ordering::Relaxed) {
+                let snapshot = daemon.api().act("foo", "snapshots", &json!({}));
+                snapshot.unwrap();
+                taken += 1;
+            }
+            taken
+        });
+        for _ in 0..3 {
+            daemon.run(&["fork", "foo", "--count", "6"]).ok_with_words();
+        }
+        done.store(true, Ordering::Relaxed);
+        snapshots.join().unwrap()
+    });
+    assert!(taken > 3, "{taken} snapshots beside three forks");
+    let database = daemon.storage().join("data/pileus.db");
+    let database = rusqlite::Connection::open(database).unwrap();
+    let layers = |name: String| -> Value {
+        let query = "SELECT spec FROM instances WHERE name = ?1";
+        let spec: String = database.query_row(query, [name], |row| row.get(0)).unwrap();
+        serde_json::from_str::<Value>(&spec).unwrap()["layers"].clone()
+    };
+    for round in 0..3 {
+        let of = |n: u32| layers(format!("foo-fork{}", round * 6 + n));
+        for n in 2..=6 {
+            assert_eq!(of(n), of(1), "fork {round}, clone {n}");
+        }
+    }
 }

@@ -442,7 +442,6 @@ fn set_mode(folder: &OwnedFd, mode: u32) -> Result<(), String> {
     set.map_err(|err| format!("cannot set the mode of a folder: {}", os_text(&err.into())))
 }
 
-/// Whether bytes are one name in a folder.
 /// Refuses to fill the file system of a folder up. One that does not tell how large it is has room.
 fn has_room(folder: &OwnedFd, bytes: u64) -> Result<(), String> {
     let Ok(found) = rustix::fs::fstatvfs(folder) else {
@@ -464,6 +463,7 @@ fn room(total: u64, free: u64, bytes: u64) -> Result<(), String> {
     ))
 }
 
+/// Whether bytes are one name in a folder.
 fn is_name(name: &[u8]) -> bool {
     let dots = matches!(name, b"" | b"." | b"..");
     !dots && name.len() <= MAX_NAME && !name.contains(&b'/') && !name.contains(&0)
