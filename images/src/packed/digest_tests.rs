@@ -105,6 +105,17 @@ const ZEROS_ONLY: &str = "831d1055a98c0364e5fcc726b4f160e34fb9d5c7a54a7446db9c51
 const SEVENS: &str = "7097e65c8223fa6de58aad9df414a156c3c8b77655a29476779c1449fe8f3f55";
 
 #[test]
+fn two_at_once_are_what_each_is_alone() {
+    let bytes: Vec<u8> = (0..2000_u32).map(|n| (n % 251) as u8).collect();
+    let lengths = [0, 1, 63, 64, 127, 128, 129, 512, 1000, 1024];
+    for (first, second) in lengths.iter().flat_map(|a| lengths.map(|b| (*a, b))) {
+        let (first, second) = (&bytes[..first], &bytes[900..900 + second]);
+        let want = [hash_of(first), hash_of(second)];
+        assert_eq!(hash_both(first, second), want);
+    }
+}
+
+#[test]
 fn a_large_hole_costs_nothing() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 40).unwrap();

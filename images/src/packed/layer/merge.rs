@@ -8,7 +8,7 @@ use pileus_base::{Code, Digest, Error, Phase, Reporter, Result, ResultExt, Size,
 use serde_json::json;
 use tokio::process::Command;
 
-use super::super::digest::{self, DiskDigest};
+use super::super::digest;
 use super::super::unpack::{Layer, Unpacked};
 use super::super::{DISK, LAYER};
 use crate::format::Work;
@@ -148,18 +148,11 @@ fn look_at(disk: &Path, report: &Reporter) -> Result<(Digest, u64)> {
     let file = File::open(disk).io("Opening the disk")?;
     let size = file.metadata().io("Looking at the disk")?.len();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let found = digest::each_chunk(
-        &file,
-        size,
-        threads,
-        &mut |_| report.check(),
-        &|_, bytes| {
-            let data = bytes.chunks(BLOCK).filter(|block| !is_zero(block));
-            let data: u64 = data.map(|block| block.len() as u64).sum();
-            (data > 0).then(|| (digest::hash_of(bytes), data))
-        },
-    )?;
-    let chunks = found.iter().map(|(index, (hash, _))| (*index, hash));
-    let digest = DiskDigest::of_chunks(size, chunks);
-    Ok((digest, found.iter().map(|(_, (_, data))| data).sum()))
+    let found = digest::each_chunk(&file, size, threads, &mut |_| report.check(), &|bytes| {
+        let data = bytes.chunks(BLOCK).filter(|block| !is_zero(block));
+        let data: u64 = data.map(|block| block.len() as u64).sum();
+        (data > 0).then_some(data)
+    })?;
+    let data = found.iter().map(|chunk| chunk.found).sum();
+    Ok((digest::of_found(size, &found), data))
 }

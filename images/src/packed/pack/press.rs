@@ -21,12 +21,12 @@ use super::stream::Stream;
 const PIECE: u64 = 4 << 20;
 /// The ancestor's level …
 const LEVEL: i32 = 3;
-/// … and what is better here for disks: one table of matches in place of two. That takes a fifth less time, and the
-/// archive gets 1 % larger.
+/// … and what is better here for disks: one table of matches in place of two. That takes a quarter less time, and the
+/// archive gets hardly larger: by 2 % at most, of files of a system.
 const FASTER: [CParameter; 4] = [
     CParameter::Strategy(Strategy::ZSTD_fast),
     CParameter::WindowLog(21),
-    CParameter::HashLog(17),
+    CParameter::HashLog(16),
     CParameter::MinMatch(5),
 ];
 

@@ -6,7 +6,7 @@ use std::fs::File;
 use pileus_base::{Digest, Result};
 
 use crate::archive::extents::{BLOCK, Extent, Found};
-use crate::packed::digest::{CHUNK, ChunkHash, DiskDigest, each_chunk, hash_of};
+use crate::packed::digest::{CHUNK, Chunk, each_chunk, of_found};
 use crate::sparse::is_zero;
 
 const BLOCKS: usize = (CHUNK / BLOCK) as usize;
@@ -20,11 +20,8 @@ pub struct Survey {
     pub data: u64,
 }
 
-/// A chunk that is not all zero: its hash, and a bit for each block that isn't.
-struct Seen {
-    hash: ChunkHash,
-    blocks: [u64; BLOCKS / 64],
-}
+/// Of a chunk that is not all zero: a bit for each block that isn't.
+struct Seen([u64; BLOCKS / 64]);
 
 impl Seen {
     fn of(bytes: &[u8]) -> Option<Self> {
@@ -34,14 +31,11 @@ impl Seen {
                 blocks[n / 64] |= 1 << (n % 64);
             }
         }
-        (blocks != [0; BLOCKS / 64]).then(|| Self {
-            hash: hash_of(bytes),
-            blocks,
-        })
+        (blocks != [0; BLOCKS / 64]).then_some(Self(blocks))
     }
 
     fn has(&self, n: usize) -> bool {
-        self.blocks[n / 64] >> (n % 64) & 1 == 1
+        self.0[n / 64] >> (n % 64) & 1 == 1
     }
 }
 
@@ -52,10 +46,13 @@ pub fn survey(
     threads: usize,
     moved: &mut dyn FnMut(u64) -> Result<()>,
 ) -> Result<Survey> {
-    let chunks = each_chunk(disk, size, threads, moved, &|_, bytes| Seen::of(bytes))?;
+    let chunks = each_chunk(disk, size, threads, moved, &Seen::of)?;
     let mut found = Found::default();
     let mut data = 0;
-    for (index, seen) in &chunks {
+    for Chunk {
+        index, found: seen, ..
+    } in &chunks
+    {
         for n in (0..BLOCKS).filter(|n| seen.has(*n)) {
             let offset = index * CHUNK + n as u64 * BLOCK;
             let len = BLOCK.min(size - offset);
@@ -63,10 +60,9 @@ pub fn survey(
             data += len;
         }
     }
-    let hashes = chunks.iter().map(|(index, seen)| (*index, &seen.hash));
     Ok(Survey {
         extents: found.extents,
-        digest: DiskDigest::of_chunks(size, hashes),
+        digest: of_found(size, &chunks),
         data,
     })
 }
