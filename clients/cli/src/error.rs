@@ -231,13 +231,31 @@ impl From<io::Error> for CommandError {
             io::ErrorKind::BrokenPipe => Kind::ClosedPipe,
             _ => Kind::Failed,
         };
-        Self::new(kind, Error::io("Writing to standard output", err))
+        Self::new(kind, no_room(Error::io("Writing to standard output", err)))
+    }
+}
+
+/// What fills up where this program writes is not the daemon's storage: images that are pruned there make no room.
+pub(crate) fn no_room(err: Error) -> Error {
+    match err.code {
+        Code::NoSpace => err.advise("Make room there, or write it elsewhere."),
+        _ => err,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn where_this_program_writes_no_pruned_image_makes_room() {
+        let full = io::Error::from_raw_os_error(28);
+        let said = CommandError::from(full).text("list");
+        assert!(
+            said.ends_with("\nhint: Make room there, or write it elsewhere.\n"),
+            "{said}"
+        );
+    }
 
     #[test]
     fn a_missing_instance_stands_alone_on_its_line() {

@@ -117,7 +117,8 @@ impl Client {
                 Code::DaemonUnreachable,
                 "The connection to the daemon broke",
             )
-            .detail(why.to_owned()),
+            .detail(why.to_owned())
+            .advise("The daemon ended, or was started anew; when it answers again, try again."),
         }
     }
 }

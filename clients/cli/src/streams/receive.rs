@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use pileus_api::OperationState;
-use pileus_base::{Code, Error, Result, ResultExt};
+use pileus_base::{Error, Result, ResultExt};
 use pileus_client::Client;
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use crate::context::Context;
-use crate::error::CommandError;
+use crate::error::{CommandError, no_room};
 use crate::session;
 use crate::signals::Signals;
 use crate::streams::part::Part;
@@ -173,14 +173,6 @@ fn write(
         let _ = done.send(result);
     });
     (sender, written)
-}
-
-/// What fills up here is not the daemon's storage: images that are pruned there make no room.
-fn no_room(err: Error) -> Error {
-    match err.code {
-        Code::NoSpace => err.advise("Make room there, or write it elsewhere."),
-        _ => err,
-    }
 }
 
 pub(super) fn exists(file: &Path) -> CommandError {
