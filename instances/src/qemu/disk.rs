@@ -14,7 +14,7 @@ use pileus_qmp::commands::{
 };
 use serde_json::{Value, json};
 
-use super::vm::{Vm, object};
+use super::vm::{FLUSH_BOUND, Vm, object};
 
 /// The device whose disk is meant, as `argv.rs` names it.
 const DEVICE: &str = "/machine/peripheral/vda";
@@ -73,7 +73,7 @@ impl Vm {
                 node: top.clone(),
                 overlay: name.clone(),
             };
-            let done = self.client().run(&put).await;
+            let done = self.client().run_within(&put, FLUSH_BOUND).await;
             if done.is_err() {
                 let node_name = name.clone();
                 let _ = self.client().run(&BlockdevDel { node_name }).await;

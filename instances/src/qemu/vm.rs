@@ -31,6 +31,10 @@ const START_BOUND: Duration = Duration::from_secs(30);
 const UNPLUG_BOUND: Duration = Duration::from_secs(10);
 /// Bound on QEMU's end after it was told to.
 const QUIT_BOUND: Duration = Duration::from_secs(5);
+/// Bound on its end after it was killed: the kernel gives a large memory back first.
+const KILL_BOUND: Duration = Duration::from_secs(60);
+/// Bound on what makes QEMU bring all that it holds to the disk, which may be a busy one.
+pub(super) const FLUSH_BOUND: Duration = Duration::from_secs(60);
 
 /// What happens to a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -275,7 +279,7 @@ impl Vm {
     }
 
     pub async fn pause(&self) -> Result<()> {
-        self.client.run(&Stop {}).await?;
+        self.client.run_within(&Stop {}, FLUSH_BOUND).await?;
         Ok(())
     }
 
@@ -300,7 +304,7 @@ impl Vm {
     /// Kills the process at once and waits until it is gone.
     pub async fn kill(&self) -> Result<Exit> {
         process::kill(self.process)?;
-        tokio::time::timeout(QUIT_BOUND, self.wait())
+        tokio::time::timeout(KILL_BOUND, self.wait())
             .await
             .map_err(|_| {
                 let what = format!("Process {} does not end when killed", self.process.pid);
