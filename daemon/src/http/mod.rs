@@ -28,6 +28,7 @@ use axum::response::{IntoResponse, Response};
 use pileus_api::error::http_status;
 use pileus_api::{Code, ErrorBody, ErrorReply, routes};
 use pileus_base::Error;
+use tower_http::trace::TraceLayer;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -135,7 +136,8 @@ pub fn router(service: Service) -> Router {
             response
         })
         .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY))
-        .layer(tower_http::trace::TraceLayer::new_for_http())
+        // `Failure` tells what is our fault; the rest is not: a full disk is a 507.
+        .layer(TraceLayer::new_for_http().on_failure(()))
         .with_state(service)
 }
 
@@ -155,6 +157,9 @@ impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(http_status(self.0.code))
             .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        if status == StatusCode::INTERNAL_SERVER_ERROR {
+            tracing::error!(err = ?self.0, "a request failed");
+        }
         let error = ErrorBody::from(self.0);
         (status, axum::Json(ErrorReply { error })).into_response()
     }

@@ -75,12 +75,12 @@ fn as_table(rows: &[Row]) -> String {
     let cells: Vec<Vec<String>> = rows
         .iter()
         .map(|row| {
-            let rate = |bytes: u64| format!("{}/s", Size(bytes));
+            let rate = |bytes: u64| Size(bytes).to_string();
             vec![
                 row.name.clone(),
                 format!("{:.1}%", row.cpu),
                 row.cpus.to_string(),
-                format!("{} of {}", Size(row.memory), Size(row.memory_total)),
+                format!("{}/{}", Size(row.memory), Size(row.memory_total)),
                 rate(row.disk_read),
                 rate(row.disk_written),
                 rate(row.net_received),
@@ -88,15 +88,16 @@ fn as_table(rows: &[Row]) -> String {
             ]
         })
         .collect();
+    // All of it fits 80 columns, for names of up to ten letters.
     let columns = [
-        ("Name", 24),
-        ("CPU", 9),
+        ("Name", 10),
+        ("CPU", 8),
         ("CPUs", 6),
-        ("Memory", 24),
-        ("Disk read", 13),
-        ("Disk write", 13),
-        ("Net in", 13),
-        ("Net out", 0),
+        ("Memory", 17),
+        ("Read/s", 10),
+        ("Write/s", 10),
+        ("Recv/s", 10),
+        ("Sent/s", 0),
     ];
     table::table(&columns, &cells)
 }
