@@ -3,7 +3,13 @@
 //! are two requests at once: then one of the two orders must explain what came of it; in some the daemon is
 //! killed in the middle: then all is as before, or as after, or as one of the few states between.
 //!
-//! `PILEUS_MODEL_SEED=N PILEUS_MODEL_STEPS=N` repeats one run; otherwise several run side by side.
+//! Several worlds run side by side, each of its own seed and always of the same: one that fails does so because of
+//! what was changed. `PILEUS_MODEL_SEED=N PILEUS_MODEL_STEPS=N` runs one of them, or another; with
+//! `PILEUS_MODEL_SEED=random` as many run that nobody has seen before. What is asked for at a step follows from the
+//! seed, the step and the model alone. What comes of two requests at once, or of a kill, is up to the moment, so two
+//! runs of a seed may part there: what one found may take another some tries.
+//!
+//! Deleted snapshots leave layers behind, which are merged while all this goes on.
 
 use std::collections::VecDeque;
 use std::fmt::Write;
@@ -16,9 +22,12 @@ use serde_json::{Value, json};
 use crate::fake_model_rules::{GIB, Instance, Model, Op, Pending, Snapshot, State};
 use crate::fake_world::{World, text};
 
-/// Daemons side by side, and steps of each, if nobody says otherwise.
-const WORLDS: u64 = 4;
+/// One daemon for each, side by side, if nobody says otherwise.
+const SEEDS: [u64; 4] = [1, 2, 3, 4];
+/// Steps of each.
 const STEPS: u64 = 2600;
+/// With so many layers an instance needs no more of them.
+const MANY_LAYERS: usize = 60;
 const MOST_INSTANCES: usize = 4;
 const MOST_SNAPSHOTS: usize = 6;
 
@@ -27,15 +36,15 @@ fn fake_model_of_an_instances_life() {
     if !need(&[Need::Root, Need::Tun]) {
         return;
     }
-    let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
-    let steps = number("PILEUS_MODEL_STEPS").unwrap_or(STEPS);
-    let seeds: Vec<u64> = match number("PILEUS_MODEL_SEED") {
-        Some(seed) => vec![seed],
-        None => {
+    let steps = told("PILEUS_MODEL_STEPS").map_or(STEPS, |steps| number(&steps));
+    let seeds = match told("PILEUS_MODEL_SEED").as_deref() {
+        None => SEEDS.to_vec(),
+        Some("random") => {
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            let first = now.map_or(1, |now| now.as_secs() * WORLDS);
-            (first..first + WORLDS).collect()
+            let mut random = Random::of(now.map_or(1, |now| now.as_nanos() as u64), 0);
+            SEEDS.map(|_| random.below(1 << 32)).to_vec()
         }
+        Some(seed) => vec![number(seed)],
     };
     let began = Instant::now();
     let failed: Vec<String> = std::thread::scope(|scope| {
@@ -54,6 +63,16 @@ fn fake_model_of_an_instances_life() {
     eprintln!("{count} steps in {took:.1?}, seeds {seeds:?}");
 }
 
+fn told(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+#[track_caller]
+fn number(value: &str) -> u64 {
+    let number = value.parse();
+    number.unwrap_or_else(|_| panic!("{value} is no number"))
+}
+
 /// One daemon, one model.
 struct Run {
     seed: u64,
@@ -67,8 +86,8 @@ impl Run {
     fn new(seed: u64) -> Self {
         Self {
             seed,
-            random: Random(seed),
-            world: World::in_memory("fast"),
+            random: Random::of(seed, 0),
+            world: World::merging("fast"),
             model: Model::default(),
             last: VecDeque::new(),
         }
@@ -100,6 +119,7 @@ impl Run {
                 return Err(story);
             }
         }
+        eprintln!("seed {}: {} merges", self.seed, self.world.merges());
         Ok(())
     }
 
@@ -111,9 +131,10 @@ impl Run {
     }
 
     fn step(&mut self, step: u64) -> Result<(), String> {
+        self.random = Random::of(self.seed, step);
         let op = self.choose();
         match self.random.below(100) {
-            0..4 => self.cut_off(step, &op)?,
+            0..4 if !matches!(op, Op::PileUp(_)) => self.cut_off(step, &op)?,
             4..16 => {
                 let other = self.choose();
                 match is_alone(&op) || is_alone(&other) {
@@ -309,7 +330,8 @@ impl Run {
             88..91 => Op::Delete(name),
             91..94 => Op::Recover(name),
             94 => Op::Purge,
-            95..97 if runs => Op::Crash(name),
+            95 if runs => Op::PileUp(name),
+            96 if runs => Op::Crash(name),
             97 if runs => Op::PowerOff(name),
             98..100 if runs => Op::Reboot(name),
             _ => Op::Start(name),
@@ -324,6 +346,7 @@ fn is_alone(op: &Op) -> bool {
         Op::ForceStop(_)
             | Op::DeleteForGood(_)
             | Op::Purge
+            | Op::PileUp(_)
             | Op::Rename(..)
             | Op::Crash(_)
             | Op::PowerOff(_)
@@ -431,6 +454,8 @@ fn perform_once(world: &World, op: &Op) -> Result<(), Refusal> {
         Op::Snapshot { of, name, memory } => world.snapshot(of, name, *memory),
         Op::Restore(name, snapshot) => world.restore(name, snapshot),
         Op::DeleteSnapshot(name, snapshot) => world.delete_snapshot(name, snapshot),
+        Op::PileUp(name) if world.layers(name) > MANY_LAYERS => return Ok(()),
+        Op::PileUp(name) => return world.pile_up(name, || ()),
         Op::Clone { of, name, snapshot } => {
             let body = json!({"name": name, "snapshot": snapshot});
             world.api.act(of, "clone", &body)
@@ -464,6 +489,11 @@ fn perform_once(world: &World, op: &Op) -> Result<(), Refusal> {
 struct Random(u64);
 
 impl Random {
+    /// What is drawn at a step has nothing to do with what was drawn before.
+    fn of(seed: u64, step: u64) -> Self {
+        Self(Self(seed).next().wrapping_add(step))
+    }
+
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;

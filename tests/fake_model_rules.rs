@@ -63,6 +63,8 @@ pub enum Op {
     },
     Restore(String, String),
     DeleteSnapshot(String, String),
+    /// Snapshots of a running one, each deleted again: leaves nothing but layers.
+    PileUp(String),
     Clone {
         of: String,
         name: String,
@@ -181,6 +183,7 @@ impl Model {
             Op::Snapshot { of, name, memory } => self.snapshot(of, name, *memory),
             Op::Restore(name, snapshot) => self.restore(name, snapshot),
             Op::DeleteSnapshot(name, snapshot) => self.usable(name)?.forget(snapshot),
+            Op::PileUp(name) => self.usable(name).map(drop),
             Op::Clone { of, name, snapshot } => self.copy(of, name, snapshot.as_deref()),
             Op::Rename(name, new) => self.rename(name, new),
             Op::RenameSnapshot(name, snapshot, new) => {

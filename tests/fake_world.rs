@@ -1,16 +1,17 @@
 //! What the tests of an instance's life share: a daemon whose machines start at once, its API, and the
 //! rules that hold whenever nothing is under way ([`World::check`]).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pileus_testkit::{Api, Daemon, Refusal, files_below};
+use pileus_testkit::{Api, Daemon, Refusal, files_below, program};
 use serde_json::{Value, json};
 
 pub struct World {
@@ -58,10 +59,17 @@ impl World {
         Self { daemon, api }
     }
 
-    /// On a file system in memory: nothing waits for the host's disk.
-    pub fn in_memory(words: &str) -> Self {
-        let daemon = Daemon::on_small_disk(64 << 30);
-        daemon.fakes_do(words);
+    /// Layers that nobody needs one by one are merged there, as by every daemon that is not told otherwise: at its
+    /// start, and then each minute. On a file system in memory: nothing waits for the host's disk.
+    pub fn merging(words: &str) -> Self {
+        let mut daemon = Daemon::on_small_disk(64 << 30);
+        daemon.stop();
+        let qemu = program("fake-qemu");
+        let qemu = qemu.to_str().unwrap_or_default();
+        let mut daemon = daemon.with_args(&["--qemu", qemu, "--accelerator", "tcg"]);
+        daemon.start_again();
+        // What the guests write has to be in what becomes of their layers.
+        daemon.fakes_do(&format!("{words} data"));
         let api = daemon.api();
         Self { daemon, api }
     }
@@ -113,6 +121,29 @@ impl World {
         let body =
             json!({"name": snapshot, "with_memory": memory, "comment": format!("of {snapshot}")});
         self.api.act(name, "snapshots", &body)
+    }
+
+    /// Leaves layers that nobody needs one by one: snapshots that are gone again. Each has what the machine, which
+    /// has to run, wrote by `before`.
+    pub fn pile_up(&self, name: &str, before: impl Fn()) -> Result<(), Refusal> {
+        // As many as are worth a merge, and one more (`daemon/src/service/merge.rs`).
+        for _ in 0..9 {
+            before();
+            self.snapshot(name, "pile", false)?;
+            self.delete_snapshot(name, "pile")?;
+        }
+        Ok(())
+    }
+
+    /// How many layers the instance stands on.
+    pub fn layers(&self, name: &str) -> usize {
+        let row = self.rows().into_iter().find(|row| row.name == name);
+        row.map_or(0, |row| row.spec["layers"].as_array().map_or(0, Vec::len))
+    }
+
+    /// How many merges there were.
+    pub fn merges(&self) -> usize {
+        self.log().matches("merged into one").count()
     }
 
     pub fn restore(&self, name: &str, snapshot: &str) -> Result<Value, Refusal> {
@@ -276,7 +307,23 @@ impl World {
 
     /// By id, what each instance's guest and each snapshot of it holds: `wrote` and `size`, read from the files;
     /// and whether it waits for an identity.
-    pub fn disks(&self) -> std::collections::BTreeMap<String, Value> {
+    pub fn disks(&self) -> BTreeMap<String, Value> {
+        loop {
+            let rows = self.rows();
+            let layers = |rows: &[Row]| {
+                let of = |row: &Row| (row.spec["layers"].clone(), row.snapshots.clone());
+                rows.iter().map(of).collect::<Vec<_>>()
+            };
+            let before = layers(&rows);
+            let disks = self.disks_of(rows);
+            // A merge takes files away that were needed when the rows were read.
+            if layers(&self.rows()) == before {
+                return disks;
+            }
+        }
+    }
+
+    fn disks_of(&self, rows: Vec<Row>) -> BTreeMap<String, Value> {
         let data = self.storage().join("data");
         let layer = |value: &Value| {
             let id = value.as_str().unwrap_or_default();
@@ -286,21 +333,22 @@ impl World {
             let all = of["layers"].as_array().into_iter().flatten();
             all.map(layer).collect()
         };
-        let rows = self.rows().into_iter().map(|row| {
+        let mut marks = Marks::default();
+        let disk_of = |row: Row| {
             let mut files = layers(&row.spec);
             files.push(data.join("instances").join(&row.id).join("disk.qcow2"));
             let mut disk = json!({
-                "wrote": written(&files), "size": size(files.last()),
+                "wrote": written(&files, &mut marks), "size": size(&files),
                 "identify": row.spec["identify"],
             });
             for snapshot in row.snapshots.as_array().into_iter().flatten() {
                 disk["snapshots"][text(snapshot, "id")] = json!({
-                    "wrote": written(&layers(snapshot)), "identify": snapshot["identify"],
+                    "wrote": written(&layers(snapshot), &mut marks), "identify": snapshot["identify"],
                 });
             }
             (row.id, disk)
-        });
-        rows.collect()
+        };
+        rows.into_iter().map(disk_of).collect()
     }
 
     /// Everything on the disk and every process belongs to somebody, and nothing that somebody needs is
@@ -396,7 +444,7 @@ impl World {
     pub fn try_all_is_well(&self) -> Result<(), String> {
         self.settle();
         // What ends by itself may need a moment more.
-        let until = Instant::now() + Duration::from_secs(2);
+        let until = Instant::now() + Duration::from_secs(10);
         loop {
             let found = self.check();
             if found.is_ok() || Instant::now() > until {
@@ -407,42 +455,101 @@ impl World {
     }
 }
 
-/// The marks that guests of the stand-in for QEMU left on these layers, the lowest first
+/// The marks that guests of the stand-in for QEMU left in these layers, the lowest first
 /// (`testkit/src/bin/fake-qemu/disk.rs`).
-fn written(files: &[PathBuf]) -> Vec<String> {
-    const MARK: usize = 64;
-    let mut all = Vec::new();
-    for file in files {
-        let Ok(file) = File::open(file) else {
-            all.push(format!("{} is gone", file.display()));
-            continue;
+fn written(files: &[PathBuf], known: &mut Marks) -> Vec<String> {
+    let missing = files.iter().filter(|file| !file.exists());
+    let mut all: Vec<_> = missing
+        .map(|f| format!("{} is gone", f.display()))
+        .collect();
+    let layers: Vec<_> = files.iter().map(|f| known.of(f)).collect();
+    for place in 0.. {
+        let upper = layers.iter().rev();
+        let Some(mark) = upper.map(|layer| &layer.data).find_map(|d| d.get(&place)) else {
+            break;
         };
-        let mut end = file.metadata().map_or(0, |meta| meta.len());
-        let mut own = Vec::new();
-        let mut record = [0; MARK];
-        while let Some(at) = end.checked_sub(MARK as u64) {
-            let read = file.read_exact_at(&mut record, at);
-            let Some(text) = record.strip_prefix(b"MARK ").filter(|_| read.is_ok()) else {
-                break;
-            };
-            own.push(String::from_utf8_lossy(text).trim().to_owned());
-            end = at;
-        }
-        all.extend(own.into_iter().rev());
+        all.push(mark.clone());
     }
+    all.extend(layers.iter().flat_map(|layer| layer.behind.iter().cloned()));
     all
 }
 
-/// The size that a qcow2 file's header tells.
-fn size(file: Option<&PathBuf>) -> Option<u64> {
-    let mut size = [0; 8];
-    File::open(file?).ok()?.read_exact_at(&mut size, 24).ok()?;
-    Some(u64::from_be_bytes(size))
+/// What each file has by itself, read once.
+#[derive(Default)]
+struct Marks(BTreeMap<PathBuf, Rc<Own>>);
+
+#[derive(Default)]
+struct Own {
+    /// By their place.
+    data: BTreeMap<u64, String>,
+    behind: Vec<String>,
+}
+
+impl Marks {
+    fn of(&mut self, file: &Path) -> Rc<Own> {
+        let read = || Rc::new(Own::read(file).unwrap_or_default());
+        self.0.entry(file.to_owned()).or_insert_with(read).clone()
+    }
+}
+
+impl Own {
+    fn read(path: &Path) -> std::io::Result<Self> {
+        const FIRST: u64 = 4096;
+        const ENTRIES: u64 = 8192;
+        const TABLE_AT: u64 = 40;
+        const PLACE: u64 = 0x00ff_ffff_ffff_fe00;
+        const MARK: usize = 64;
+        let file = File::open(path)?;
+        let number = |at| {
+            let mut bytes = [0; 8];
+            file.read_exact_at(&mut bytes, at)?;
+            Ok::<_, std::io::Error>(u64::from_be_bytes(bytes) & PLACE)
+        };
+        let mark = |at| {
+            let mut record = [0; MARK];
+            file.read_exact_at(&mut record, at).ok()?;
+            let text = record.strip_prefix(b"MARK ")?;
+            Some(String::from_utf8_lossy(text).trim().to_owned())
+        };
+        let mut own = Self::default();
+        let mut end = file.metadata()?.len();
+        while let Some(at) = end.checked_sub(MARK as u64)
+            && let Some(text) = mark(at)
+        {
+            own.behind.insert(0, text);
+            end = at;
+        }
+        let table = number(number(TABLE_AT)?)?;
+        // One that only says that something was written has none.
+        let mut entries = vec![0; ((ENTRIES - FIRST) * 8) as usize];
+        if table == 0 || file.read_exact_at(&mut entries, table + FIRST * 8).is_err() {
+            return Ok(own);
+        }
+        for (n, entry) in (0..).zip(entries.as_chunks::<8>().0) {
+            let place = u64::from_be_bytes(*entry) & PLACE;
+            if let Some(text) = mark(place).filter(|_| place != 0) {
+                own.data.insert(n, text);
+            }
+        }
+        Ok(own)
+    }
+}
+
+/// The size that a machine finds on the layers: a disk that is smaller than the layer below it is made as large
+/// before it is used.
+fn size(files: &[PathBuf]) -> Option<u64> {
+    let of = |file: &PathBuf| {
+        let mut size = [0; 8];
+        File::open(file).ok()?.read_exact_at(&mut size, 24).ok()?;
+        Some(u64::from_be_bytes(size))
+    };
+    let (disk, below) = files.split_last()?;
+    of(disk).max(below.last().and_then(of))
 }
 
 #[track_caller]
 pub fn wait(what: &str, so: impl Fn() -> bool) {
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(60);
     while !so() {
         assert!(Instant::now() < until, "{what}: did not happen");
         std::thread::sleep(Duration::from_millis(5));

@@ -112,6 +112,7 @@ fn perform(
             let node = arguments["node-name"].as_str().unwrap_or_default();
             locked(&machine.disk).delete(node)
         }
+        "blockdev-snapshot" if machine.has_now("freeze-fails") => Err("fake: told so".to_owned()),
         "blockdev-snapshot" => locked(&machine.disk).put_on_top(arguments),
         "block_resize" => locked(&machine.disk).resize(arguments),
         // It has the processors and the memory that it was started with, and room for no more.

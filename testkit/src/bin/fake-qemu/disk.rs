@@ -1,7 +1,7 @@
 //! The machine's disk: nodes as the arguments and commands describe them, sizes from the files' own headers,
-//! and what the guest wrote. That is a mark behind the end of its top layer for each boot, each resume and
-//! each identity: so a test can see which layers a guest really stands on, and a machine that goes on from
-//! memory notices that its disk is another one's.
+//! and what the guest wrote. That is a mark for each boot, each resume and each identity: so a test can see which
+//! layers a guest really stands on, and a machine that goes on from memory notices that its disk is another one's.
+//! Marks lie behind the end of the top layer; with the word `data` each is in a cluster of the guest's own.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,15 +11,16 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use crate::{option, part};
+use crate::{option, part, qcow2};
 
 /// Bytes of a mark on the disk.
 const MARK: usize = 64;
 const MAGIC: &[u8] = b"MARK ";
+/// The guest's cluster with the first mark: behind what images have.
+const FIRST_MARK: u64 = 4096;
+const MOST_MARKS: u64 = 4096;
 /// Where a qcow2 header has the disk's size.
 const SIZE_AT: u64 = 24;
-/// And where its table of clusters begins.
-const TABLE_AT: u64 = 40;
 const FIRST_SET: u32 = 1000;
 
 struct Node {
@@ -36,6 +37,8 @@ pub struct Disk {
     top: String,
     /// What the guest wrote, all layers together.
     marks: Vec<String>,
+    /// Whether what it writes is data.
+    pub data: bool,
 }
 
 impl Disk {
@@ -45,6 +48,7 @@ impl Disk {
             nodes: BTreeMap::new(),
             top: "disk".into(),
             marks: Vec::new(),
+            data: false,
         };
         for added in option(args, "-add-fd") {
             let number = |key| part(added, key).and_then(|n| n.parse::<u32>().ok());
@@ -261,13 +265,10 @@ impl Disk {
         let mut record = MAGIC.to_vec();
         record.extend(text.bytes().take(MARK - MAGIC.len()));
         record.resize(MARK, b' ');
-        let end = node.file.metadata().map_or(0, |meta| meta.len());
-        // The table of clusters tells that something was written.
-        let mut table = [0; 8];
-        let found = node.file.read_exact_at(&mut table, TABLE_AT);
-        let written = found
-            .and_then(|()| node.file.write_all_at(&[0xff], u64::from_be_bytes(table)))
-            .and_then(|()| node.file.write_all_at(&record, end));
+        let written = match self.data {
+            true => qcow2::write(&node.file, FIRST_MARK + self.marks.len() as u64, &record),
+            false => qcow2::append(&node.file, &record),
+        };
         match written {
             Ok(()) => self.marks.push(text.to_owned()),
             Err(err) => eprintln!("fake-qemu: the disk can't be written: {err}"),
@@ -275,20 +276,35 @@ impl Disk {
     }
 
     fn read_marks(&self) -> Vec<String> {
+        let chain = self.chain();
+        let layers: Vec<_> = chain.iter().filter(|node| node.qcow2).collect();
+        let text = |record: &[u8; MARK]| {
+            let text = record.strip_prefix(MAGIC)?;
+            Some(String::from_utf8_lossy(text).trim().to_owned())
+        };
         let mut all = Vec::new();
-        for node in self.chain().iter().filter(|node| node.qcow2) {
+        let mut record = [0; MARK];
+        for place in FIRST_MARK..FIRST_MARK + MOST_MARKS {
+            let mut has = |node: &Node| qcow2::read(&node.file, place, &mut record);
+            let found = layers.iter().any(|node| has(node).unwrap_or(false));
+            match text(&record).filter(|_| found) {
+                Some(mark) => all.push(mark),
+                None => break,
+            }
+        }
+        let mut behind = Vec::new();
+        for node in layers {
             let mut end = node.file.metadata().map_or(0, |meta| meta.len());
-            let mut record = [0; MARK];
             while let Some(at) = end.checked_sub(MARK as u64) {
                 let read = node.file.read_exact_at(&mut record, at);
-                let Some(text) = record.strip_prefix(MAGIC).filter(|_| read.is_ok()) else {
+                let Some(mark) = text(&record).filter(|_| read.is_ok()) else {
                     break;
                 };
-                all.push(String::from_utf8_lossy(text).trim().to_owned());
+                behind.push(mark);
                 end = at;
             }
         }
-        all.reverse();
+        all.extend(behind.into_iter().rev());
         all
     }
 

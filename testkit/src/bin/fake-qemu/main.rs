@@ -17,19 +17,22 @@
 //!   clone of one, comes of it;
 //! * `suspend-fails`, `resume-fails`, `rename-fails`: as they say; `suspend-fails` holds for snapshots with
 //!   memory and forks as well;
+//! * `data`: what it writes is data of its disk, which tools for disks see too;
+//! * `freeze-fails`: no layer is put on top of its disk;
 //! * `quiesce-ms=N`, `save-ms=N`, `restore-ms=N`, `identify-ms=N`, `suspend-ms=N`, `resume-ms=N`: how long
 //!   these take (20 each);
 //! * `boot-ms=N`, `cloud-init-ms=N`: how long these take (20 each);
 //! * `fast`: all that has no word of its own takes no time;
 //! * `address=IP/PREFIX`: what the agent reports for `eth0`.
 //!
-//! The words hold from the start of a machine on; only those of suspend, resume and rename are read again
+//! The words hold from the start of a machine on; only those of suspend, resume, rename and freeze are read again
 //! when they matter. The guest powers itself off at a SIGUSR1, and reboots at a SIGUSR2.
 
 mod agent;
 mod control;
 mod disk;
 mod memory;
+mod qcow2;
 
 use std::fs::File;
 use std::io::Write;
@@ -443,12 +446,14 @@ fn run(args: &[String]) {
         // SAFETY: the number was handed over for just this, and is used once.
         Some(unsafe { UnixListener::from_raw_fd(fd) })
     };
-    let disk = Disk::new(args);
+    let mut disk = Disk::new(args);
     let log = log_file(args, &disk);
     let folder = log.as_ref().and_then(|log| {
         let fd = std::os::fd::AsRawFd::as_raw_fd(log);
         std::fs::read_link(format!("/proc/self/fd/{fd}")).ok()
     });
+    let words = words(folder.as_deref(), name);
+    disk.data = words.iter().any(|word| word == "data");
     let restored = args.iter().any(|arg| arg == "-incoming");
     let hostname = name.to_owned();
     let machine = Arc::new(Machine {
@@ -457,7 +462,7 @@ fn run(args: &[String]) {
         cpus: number(args, "-smp", "cpus", None) as u32,
         memory: number(args, "-object", "size", Some("ram")),
         room: number(args, "-object", "size", Some("more")),
-        words: words(folder.as_deref(), name),
+        words,
         place: folder,
         log: log.map(Mutex::new),
         client: Mutex::default(),
