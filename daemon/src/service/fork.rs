@@ -16,8 +16,8 @@ use pileus_instances::warm::{self, SavedWhole};
 
 use super::admission::Start;
 use super::given::{Given, seed_of};
-use super::launch::Reserved;
 use super::registry::Instance;
+use super::reserve::Reserved;
 use super::{Service, wiring};
 use crate::state::instances::InstanceRow;
 

@@ -32,6 +32,7 @@ pub(crate) mod passphrase;
 pub(crate) mod pool;
 pub(crate) mod registry;
 pub(crate) mod remotes;
+mod reserve;
 pub(crate) mod settings;
 mod snapshots;
 pub(crate) mod supervise;

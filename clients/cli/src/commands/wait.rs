@@ -119,8 +119,8 @@ async fn until(client: &Client, args: &Args) -> Result<(), CommandError> {
     loop {
         match watch(client, args).await {
             Ok(true) => return Ok(()),
-            // The daemon has ended; the next one goes on.
-            Ok(false) => {}
+            // The daemon has ended; the next one goes on, and has as long as this one had.
+            Ok(false) => away = None,
             Err(err) if err.code == Code::DaemonUnreachable => {
                 let since = away.get_or_insert_with(std::time::Instant::now);
                 if since.elapsed() > RESTART {
