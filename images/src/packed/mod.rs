@@ -17,7 +17,7 @@
 //! machine/  machine.json                                parse, migrate, merge, limit
 //! manifest  manifest.json
 //! digest    a disk's digest                             by chunks, in parallel, holes for free
-//! pack      a disk and a machine → image.tar.zst        one pass, many threads, same content → same bytes
+//! pack      a disk and a machine → image.tar.zst        many threads, same content → same bytes
 //! mutable   an image in the making                      the ancestor's MutableImage
 //! ```
 //!

@@ -140,3 +140,44 @@ fn context() -> Result<CCtx<'static>> {
     FASTER.into_iter().try_for_each(|one| set(one).map(drop))?;
     Ok(context)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::archive::extents::Extent;
+    use crate::archive::out::Tar;
+    use pileus_base::Code;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn each_piece_is_a_frame_that_needs_no_other() {
+        let disk = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..9_u32 << 18)
+            .flat_map(|n| (n / 3).to_le_bytes())
+            .collect();
+        disk.write_all_at(&bytes, 0).unwrap();
+        let size = bytes.len() as u64;
+        let extents = [Extent {
+            offset: 0,
+            len: size,
+        }];
+        let stream = Stream::new(Tar::new(Vec::new()), &disk, size, &extents).unwrap();
+        for threads in [0, 1, 2, 7] {
+            let (mut got, mut lengths) = (Vec::new(), Vec::new());
+            press(&stream, threads, &mut |frame, length| {
+                got.extend(zstd::decode_all(frame).unwrap());
+                lengths.push(length);
+                assert_eq!(got.len() as u64, lengths.iter().sum::<u64>());
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(lengths, [PIECE, PIECE, stream.len() - 2 * PIECE]);
+            assert!(got[512..][..bytes.len()] == bytes);
+        }
+        let full = || Err(Error::new(Code::NoSpace, "full"));
+        let err = press(&stream, 2, &mut |_, _| full()).unwrap_err();
+        assert_eq!(err.code, Code::NoSpace);
+        disk.set_len(5 << 20).unwrap();
+        assert!(press(&stream, 2, &mut |_, _| Ok(())).is_err());
+    }
+}
