@@ -207,16 +207,31 @@ pub struct SshEnd {
     pub exit: i64,
 }
 
-/// Text from a guest as it may be shown: bounded, in one line, without control characters or the
-/// characters that turn the direction of writing.
+/// Text from a guest as it may be shown: bounded, in one line, without what drives a terminal, control characters or
+/// the characters that turn the direction of writing.
 pub fn clean(text: &str) -> String {
     const MAX_CHARS: usize = 1024;
     let hidden = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    text.chars()
+    without_sequences(text)
         .map(|c| if c == '\n' || c == '\t' { ' ' } else { c })
         .filter(|c| !c.is_control() && !hidden(*c))
         .take(MAX_CHARS)
         .collect()
+}
+
+/// Leaves out colours and movements (`ESC [ … letter`), so that nothing of them is left when their first character goes.
+fn without_sequences(text: &str) -> impl Iterator<Item = char> {
+    let mut chars = text.chars().peekable();
+    std::iter::from_fn(move || {
+        loop {
+            let c = chars.next()?;
+            if c != '\u{1b}' || chars.next_if_eq(&'[').is_none() {
+                return Some(c);
+            }
+            while chars.next_if(|c| matches!(c, ' '..='?')).is_some() {}
+            chars.next_if(|c| matches!(c, '@'..='~'));
+        }
+    })
 }
 
 fn text<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
@@ -315,7 +330,7 @@ mod tests {
         let Some(Message::Reply(r)) = parse(line.as_bytes()) else {
             panic!("no reply");
         };
-        assert_eq!((r.id, r.ok, r.error.as_deref()), (3, false, Some("no[31m")));
+        assert_eq!((r.id, r.ok, r.error.as_deref()), (3, false, Some("no")));
         assert_eq!(r.rest["x"], 1);
     }
 
@@ -369,7 +384,12 @@ mod tests {
     #[test]
     fn clean_keeps_what_people_write() {
         assert_eq!(clean("Grüße\n\tan α"), "Grüße  an α");
-        assert_eq!(clean("\u{1b}[2J\r\u{9b}x\0"), "[2Jx");
+        assert_eq!(clean("\u{1b}[2J\r\u{9b}x\0"), "x");
+        assert_eq!(
+            clean("Starting \u{1b}[0;1;39ma.service\u{1b}[0m\u{1b}7[ok]\u{1b}["),
+            "Starting a.service7[ok]"
+        );
+        assert_eq!(clean("\u{1b}[1;\u{1b}[1mα\u{1b}[é"), "αé");
     }
 
     proptest::proptest! {

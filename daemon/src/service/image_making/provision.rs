@@ -304,7 +304,7 @@ mod tests {
         lines.end();
         let told = told.lock().unwrap();
         assert_eq!(told[..3], ["one", "two", "done"]);
-        assert_eq!(told[3], "[2Jred\u{fffd}");
+        assert_eq!(told[3], "red\u{fffd}");
         assert!(told[4].len() <= LINE);
         assert_eq!(told[5], "last");
     }
