@@ -282,6 +282,38 @@ fn fake_images_whose_clients_fall_silent() {
     world.all_is_well();
 }
 
+/// A reader that stays and reads no more does not hold what somebody wants to end.
+#[test]
+fn fake_images_whose_readers_fall_silent() {
+    if !need(&NEEDED) {
+        return;
+    }
+    let world = World::new();
+    let file = write(&world, "big.raw", &disk(24, 3));
+    world.run(&["image", "import", &file, "--tag", "big"]).ok();
+    let mut reader = UnixStream::connect(world.socket()).unwrap();
+    let request = "GET /v1/images/big/export HTTP/1.1\r\nHost: x\r\n\r\n";
+    reader.write_all(request.as_bytes()).unwrap();
+    let mut came = vec![0; 4096];
+    let len = reader.read(&mut came).unwrap();
+    came.truncate(len);
+    let newest = || world.api.get("/v1/operations").unwrap()[0].clone();
+    let id = text(&newest(), "id").to_owned();
+    assert_eq!(text(&newest(), "kind"), "export-image");
+    let cancel = format!("/v1/operations/{id}");
+    world.api.call("DELETE", &cancel, None).unwrap();
+    wait("it has ended", || text(&newest(), "state") == "cancelled");
+    // Whoever reads on is not told that this was all: that would be a chunk of no bytes.
+    let _ = reader.read_to_end(&mut came);
+    assert!(!came.ends_with(b"0\r\n\r\n"));
+    wait("it is let go", || {
+        let args = ["image", "rm", "big", "--force"];
+        world.run(&args).status.success()
+    });
+    nothing_is_left(&world);
+    world.all_is_well();
+}
+
 /// The daemon is killed at many moments: an image is there as a whole, or not at all, and everything works again.
 #[test]
 fn fake_images_and_a_daemon_that_is_killed() {
@@ -430,10 +462,18 @@ fn fake_images_that_are_damaged() {
     };
     damage(&names[0]);
     let told = world.run(&["image", "verify", &names[0]]).fails_with(2);
+    assert!(told.contains("code: bad-image"), "{told}");
+    assert_eq!(told.matches("the disk's content has").count(), 1, "{told}");
+    // It does not travel as if it were whole.
+    let out = path(&world, "out.tar.zst");
+    let told = world.run(&["image", "export", &names[0], &out]);
+    let told = told.fails_with(2);
     assert!(
-        told.contains("damaged") && told.contains("code: bad-image"),
+        told.contains("is damaged") && told.contains("bad-image"),
         "{told}"
     );
+    assert!(!Path::new(&out).exists());
+    world.run(&["image", "export", &names[1], &out]).ok();
     assert_eq!(
         world.run(&["image", "verify", &names[1], &names[1]]).ok(),
         "Verified: 1 image\n"

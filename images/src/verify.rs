@@ -67,7 +67,10 @@ impl Store {
         } = look;
         let (Some(disk), []) = (disk, wrong.as_slice()) else {
             let mut err = damaged(digest, &wrong.join("; "));
-            err.details = wrong;
+            // Of one thing all is said.
+            if wrong.len() > 1 {
+                err.details = wrong;
+            }
             return Err(err);
         };
         let recorded = info.disk_digest.is_none();

@@ -135,6 +135,8 @@ async fn forward(mut body: BodyDataStream, to: mpsc::Sender<io::Result<Bytes>>, 
         };
         let last = piece.is_err();
         if to.send(piece).await.is_err() || last {
+            // Whoever still reads has all that there is.
+            drop(to);
             let drain = async { while let Some(Ok(_)) = body.next().await {} };
             let _ = tokio::time::timeout(DRAIN, drain).await;
             return;

@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use pileus_api::{ErrorBody, InstanceState, OperationKind};
@@ -36,6 +37,8 @@ use crate::state::instances::{InstanceRow, Layer};
 pub(super) const PIECES: usize = 8;
 /// Each of so many bytes.
 const PIECE: usize = 128 << 10;
+/// So long may a client read nothing, which may be a person who is asked for a password behind a pipe.
+const PATIENCE: Duration = Duration::from_secs(600);
 /// More threads than that don't help: reading is one.
 const MOST_THREADS: usize = 4;
 
@@ -69,9 +72,7 @@ impl Service {
                 let out = Pieces::new(sender, report.clone());
                 let done = super::blocking(move || plan.write(out, &report)).await;
                 if let Err(err) = &done {
-                    // Without it the client would take what it has for the whole.
-                    let broken = io::Error::other(err.to_string());
-                    let _ = failed.send(Err(broken)).await;
+                    break_off(failed, err);
                 }
                 done
             })
@@ -355,11 +356,22 @@ impl<'a> Progress<'a> {
     }
 }
 
-/// Sends bytes from a blocking thread to a client, piece by piece; waits for one that is slow.
+/// Ends a client's bytes as those of an error: otherwise it would take what it has for the whole. The operation does not
+/// wait until a client that reads nothing has read that.
+pub(super) fn break_off(to: mpsc::Sender<io::Result<Bytes>>, why: &Error) {
+    let broken = io::Error::other(why.to_string());
+    tokio::spawn(async move {
+        let _ = to.send(Err(broken)).await;
+    });
+}
+
+/// Sends bytes from a blocking thread to a client, piece by piece; waits for one that is slow, but not for ever for one
+/// that reads nothing.
 pub(super) struct Pieces {
     to: mpsc::Sender<io::Result<Bytes>>,
     report: Reporter,
     gathered: Vec<u8>,
+    patience: Duration,
 }
 
 impl Pieces {
@@ -368,6 +380,7 @@ impl Pieces {
             to,
             report,
             gathered: Vec::with_capacity(PIECE),
+            patience: PATIENCE,
         }
     }
 
@@ -377,6 +390,11 @@ impl Pieces {
             tokio::select! {
                 sent = self.to.send(Ok(piece.into())) => sent.is_ok(),
                 () = self.report.cancelled() => false,
+                () = tokio::time::sleep(self.patience) => {
+                    let seconds = self.patience.as_secs();
+                    self.report.warn(format!("Nobody read what is sent for {seconds} s: it is given up"));
+                    false
+                }
             }
         });
         match sent {
@@ -407,4 +425,26 @@ impl Write for Pieces {
 
 fn gone() -> Error {
     Error::new(Code::Cancelled, "The archive's reader has gone")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_client_that_reads_nothing_is_given_up() {
+        let (to, mut bytes) = mpsc::channel(1);
+        let mut pieces = Pieces {
+            patience: Duration::from_millis(50),
+            ..Pieces::new(to.clone(), Reporter::silent())
+        };
+        let sent = tokio::task::spawn_blocking(move || pieces.write_all(&[1; 4 * PIECE]));
+        let err = sent.await.unwrap().unwrap_err();
+        assert_eq!(err.kind(), io::ErrorKind::BrokenPipe);
+        // If it reads on after all, it sees that this was not the whole.
+        break_off(to, &gone());
+        assert_eq!(bytes.recv().await.unwrap().unwrap().len(), PIECE);
+        assert!(bytes.recv().await.unwrap().is_err());
+        assert!(bytes.recv().await.is_none());
+    }
 }

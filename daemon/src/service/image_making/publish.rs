@@ -10,7 +10,7 @@ use pileus_base::{Code, Digest, Phase, Reporter, Result};
 use pileus_images::{Image, ImageInfo};
 use tokio::sync::mpsc;
 
-use super::super::archive::{Export, PIECES, Progress};
+use super::super::archive::{Export, PIECES, Progress, break_off};
 use super::super::{Service, blocking, wiring};
 use super::recipe::About;
 use super::throwaway::Throwaway;
@@ -59,9 +59,7 @@ impl Service {
                     let done = done.await;
                     drop(gone);
                     if let Err(err) = &done {
-                        // Without it the client would take what it has for the whole.
-                        let broken = io::Error::other(err.to_string());
-                        let _ = failed.send(Err(broken)).await;
+                        break_off(failed, err);
                     }
                     done
                 }

@@ -49,6 +49,7 @@ impl Service {
         report.phase(Phase::VerifyingImage);
         let mut damaged: Vec<Error> = Vec::new();
         let mut fine = 0;
+        let many = digests.len() > 1;
         for digest in digests {
             let (store, watch) = (self.parts.store.clone(), report.clone());
             match blocking(move || store.verify(&digest, &watch)).await {
@@ -59,7 +60,10 @@ impl Service {
                     }
                 }
                 Err(err) if err.code == Code::BadImage => {
-                    report.warn(err.message.clone());
+                    // Of many it is told when it is found, not only at the end.
+                    if many {
+                        report.warn(err.message.clone());
+                    }
                     damaged.push(err);
                 }
                 // Removed meanwhile, by somebody who did not want it any more.

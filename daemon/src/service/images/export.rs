@@ -8,13 +8,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use pileus_api::OperationKind;
-use pileus_base::{Reporter, Result, ResultExt};
+use pileus_base::{Code, Digest, Error, Reporter, Result, ResultExt};
 use pileus_images::packed::manifest::Provenance;
 use pileus_images::packed::pack::{PackSource, pack};
 use pileus_images::{Image, ImageInfo};
 use tokio::sync::mpsc;
 
-use crate::service::archive::{Export, PIECES, Pieces};
+use crate::service::archive::{Export, PIECES, Pieces, break_off};
 use crate::service::{Service, blocking};
 
 /// More threads than that don't help one reader of a disk.
@@ -35,9 +35,7 @@ impl Service {
                 let failed = sender.clone();
                 let done = service.send_image(image, sender, &report).await;
                 if let Err(err) = &done {
-                    // Without it the client would take what it has for the whole.
-                    let broken = io::Error::other(err.to_string());
-                    let _ = failed.send(Err(broken)).await;
+                    break_off(failed, err);
                 }
                 done
             })
@@ -67,9 +65,25 @@ impl Service {
             };
             let threads = std::thread::available_parallelism().map_or(1, usize::from);
             let out = Pieces::new(to, report.clone());
-            pack(&source, out, threads.min(MOST_THREADS), &report).map(drop)
+            let packed = pack(&source, out, threads.min(MOST_THREADS), &report)?;
+            whole(image.info(), &packed.manifest.members.disk.digest)
         })
         .await
+    }
+}
+
+/// An error if what was sent is not what the image held when it came: damage does not travel as something whole.
+fn whole(info: &ImageInfo, sent: &Digest) -> Result<()> {
+    match &info.disk_digest {
+        Some(known) if known != sent => Err(Error::new(
+            Code::BadImage,
+            format!(
+                "The stored image {} is damaged: its disk has the digest {sent}, not {known}",
+                info.digest.short()
+            ),
+        )
+        .advise("Remove it; it is fetched again when it is needed.")),
+        _ => Ok(()),
     }
 }
 
