@@ -15,7 +15,7 @@ use pileus_testkit::{Daemon, Need, files_below, need};
 use serde_json::{Value, json};
 
 use crate::fake_images::{
-    NEEDED, TOOLS, disk, finish, images, last_error, machine, noise, nothing_is_left, packed, path,
+    NEEDED, TOOLS, disk, finish, images, last_error, machine, nothing_is_left, packed, path,
     sha256, spawn, stage_is_empty, write,
 };
 use crate::fake_world::{World, text, wait};
@@ -408,7 +408,7 @@ fn fake_images_without_room() {
     }
     // Without any room not even a small one is looked at.
     let filler = small.storage().join("filler");
-    fs::write(&filler, noise(60 << 20, 1)).unwrap();
+    fs::write(&filler, vec![1_u8; 60 << 20]).unwrap();
     for action in ["import", "inspect"] {
         let told = small.run_with(&["image", action, "-"], &disk(1, 1));
         let told = told.fails_with(2);
@@ -429,7 +429,8 @@ fn fake_images_without_room() {
         .display()
         .to_string();
     let mut filler = fs::File::create(small.storage().join("filler")).unwrap();
-    while filler.write_all(&noise(1 << 20, 1)).is_ok() {}
+    let piece = vec![1_u8; 1 << 20];
+    while filler.write_all(&piece).is_ok() {}
     let told = here.run(&["image", "export", "web", &full]).fails_with(2);
     assert!(told.contains("No space left"), "{told}");
     assert!(!Path::new(&full).exists() && !Path::new(&format!("{full}.part")).exists());
