@@ -116,9 +116,13 @@ fn fake_clients_that_go() {
         let done = all.iter().all(|instance| instance["state"] == "running");
         done.then_some(())
     });
-    // It can be asked for by the name that it is listed with, and every name can be had again.
-    let kept = only_kept(&daemon);
-    assert_eq!(daemon.get(&format!("/v1/instances/{kept}"))["name"], kept);
+    // It can be asked for by the name that it is listed with (the last renaming may still go on), and every name
+    // can be had again.
+    wait_until("it is found by its name", 60, || {
+        let kept = only_kept(&daemon);
+        let found = daemon.api().instance(&kept).ok()?;
+        (found["name"] == kept).then_some(())
+    });
     let all = daemon.api().instances().unwrap();
     for n in 0..24 {
         let name = format!("a{n}");
