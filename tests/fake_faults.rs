@@ -58,6 +58,38 @@ fn fake_guests_that_fail() {
     assert_eq!(daemon.state("foo"), "Stopped");
 }
 
+/// An instance whose files can't be removed is not lost from sight, and goes when they can.
+#[test]
+fn fake_deletion_that_fails() {
+    if !need(&[Need::Root, Need::Tun, Need::Program("chattr")]) {
+        return;
+    }
+    let daemon = Daemon::fake();
+    daemon.launch_fake("foo").ok();
+    daemon.run(&["stop", "foo"]).ok();
+    let instances = daemon.storage().join("data/instances");
+    let folder = std::fs::read_dir(&instances).unwrap().next().unwrap();
+    let stays = folder.unwrap().path().join("stays");
+    std::fs::write(&stays, "").unwrap();
+    let chattr = |how: &str| {
+        let mut command = std::process::Command::new("chattr");
+        command.arg(how).arg(&stays).status().unwrap().success()
+    };
+    if !chattr("+i") {
+        eprintln!("SKIPPED: this file system has no files that can't be removed");
+        return;
+    }
+    let failed = daemon.run(&["delete", "--purge", "foo"]);
+    let state = daemon.state("foo");
+    assert!(chattr("-i"));
+    let told = failed.fails_with(2);
+    assert!(told.contains("Removing"), "{told}");
+    assert_eq!(state, "Stopped");
+    daemon.run(&["delete", "--purge", "foo"]).ok();
+    assert_eq!(daemon.state("foo"), "none");
+    assert_eq!(files_below(&instances), Vec::<std::path::PathBuf>::new());
+}
+
 /// The daemon is killed after each of many short times in a launch. The next one must find the
 /// instance whole or not at all, and be able to launch again.
 #[test]

@@ -34,30 +34,25 @@ impl Service {
             None => self.clone_name(&row, number)?,
         };
         let clone = self
-            .reserve_row(Some(wanted.clone()), row.spec.for_another(), None)
+            .reserve_for(Some(wanted.clone()), row.spec.for_another(), None)
             .await?;
-        let (service, made) = (self.clone(), clone.clone());
-        let begun = self
+        let service = self.clone();
+        let operation = self
             .parts
             .operations
-            .begin(OperationKind::Clone, name, |report| async move {
-                let done = service.clone_now(&source, &made, &request, &report).await;
+            .begin(OperationKind::Clone, name, move |report| async move {
+                let clone = clone.begin();
+                let done = service.clone_now(&source, &clone, &request, &report).await;
                 if done.is_err() {
-                    service.undo(&made).await;
+                    service.undo(&clone).await;
                 }
                 done
             })
-            .await;
-        match begun {
-            Ok(operation) => Ok(CloneReply {
-                operation,
-                name: wanted,
-            }),
-            Err(err) => {
-                self.undo(&clone).await;
-                Err(err)
-            }
-        }
+            .await?;
+        Ok(CloneReply {
+            operation,
+            name: wanted,
+        })
     }
 
     fn clone_name(&self, source: &InstanceRow, first: u32) -> Result<InstanceName> {

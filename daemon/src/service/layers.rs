@@ -81,12 +81,25 @@ impl Service {
             freeze(&layout, &moved, layer, size)
         };
         if let Err(err) = super::blocking(work).await {
-            instance
-                .change(|row| row.spec.layers.retain(|l| *l != layer))
-                .await?;
+            self.after_failed_freeze(instance, layer).await?;
             return Err(err);
         }
         Ok((layer, disk))
+    }
+
+    /// As after a crash: it is undone, or finished if the guest's data lie in the layer already.
+    async fn after_failed_freeze(&self, instance: &Instance, layer: Layer) -> Result<()> {
+        let (layout, mut row) = (self.parts.layout.clone(), instance.row());
+        let disk = wiring::disk(&layout, &row);
+        let settled = super::blocking(move || {
+            settle_freeze(&layout, &disk, &mut row)?;
+            Ok(row.spec.layers)
+        });
+        if !settled.await?.contains(&layer) {
+            let struck = instance.change(|row| row.spec.layers.retain(|l| *l != layer));
+            struck.await?;
+        }
+        Ok(())
     }
 }
 

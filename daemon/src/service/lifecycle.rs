@@ -16,7 +16,7 @@ use super::admission::Start;
 use super::registry::Instance;
 use super::{Service, convert, extra_nics};
 use crate::state;
-use crate::state::instances::Stage;
+use crate::state::instances::{InstanceRow, Stage};
 
 pub(super) fn bound(seconds: Option<u64>, default: Duration) -> Duration {
     // A day is as good as for ever, and can't overflow anything.
@@ -237,31 +237,13 @@ impl Service {
     pub(super) async fn end(&self, instance: &Arc<Instance>, report: &Reporter) -> Result<()> {
         report.phase(Phase::Deleting);
         let row = instance.change(|row| row.stage = Stage::Purging).await?;
-        if let Ok(machine) = instance.machine()
-            && let Err(err) = machine
-                .stop(true, SHUTDOWN_TIMEOUT, Reporter::silent())
-                .await
-        {
-            // Its files must not go while something may write to them.
+        if let Err(err) = self.remove(instance, &row).await {
+            // What is left of it is listed again: it can be deleted once more.
             instance
                 .change(|row| row.stage = Stage::Is(InstanceState::Unknown))
                 .await?;
             return Err(err);
         }
-        if let Err(err) = self.parts.network.detach(&super::wiring::nic(&row)) {
-            tracing::warn!(instance = %row.name, %err, "its network entry can't be removed");
-        }
-        // One whose launch broke off may have a VM that no task owns.
-        super::wiring::kill_leftover(&self.parts.layout, row.id).await;
-        files::remove_folder(&self.parts.layout.instance_run(row.id))?;
-        let folder = self.parts.layout.instance(row.id);
-        files::discard(&super::wiring::disk(&self.parts.layout, &row))?;
-        files::discard(&driver::saved(&folder, SavedFile::Suspended))?;
-        files::remove_folder(&folder)?;
-        self.parts
-            .state
-            .run(move |tx| state::instances::remove(tx, row.id))
-            .await?;
         self.parts.registry.remove(row.id);
         let layers: Vec<_> = row.all_layers().collect();
         if let Err(err) = self.drop_unused(&layers) {
@@ -272,5 +254,38 @@ impl Service {
             name: row.name,
         });
         Ok(())
+    }
+
+    /// Its machine, its files and, last, its row.
+    async fn remove(&self, instance: &Arc<Instance>, row: &InstanceRow) -> Result<()> {
+        if let Ok(machine) = instance.machine() {
+            // Its files must not go while something may write to them.
+            machine
+                .stop(true, SHUTDOWN_TIMEOUT, Reporter::silent())
+                .await?;
+        }
+        if let Err(err) = self.parts.network.detach(&super::wiring::nic(row)) {
+            tracing::warn!(instance = %row.name, %err, "its network entry can't be removed");
+        }
+        // One whose launch broke off may have a VM that no task owns.
+        super::wiring::kill_leftover(&self.parts.layout, row.id).await;
+        let (layout, disk) = (
+            self.parts.layout.clone(),
+            super::wiring::disk(&self.parts.layout, row),
+        );
+        let id = row.id;
+        super::blocking(move || {
+            files::remove_folder(&layout.instance_run(id))?;
+            let folder = layout.instance(id);
+            files::discard(&disk)?;
+            files::discard(&driver::saved(&folder, SavedFile::Suspended))?;
+            files::remove_folder(&folder)
+        })
+        .await?;
+        let removed = self
+            .parts
+            .state
+            .run(move |tx| state::instances::remove(tx, id));
+        removed.await.map(drop)
     }
 }

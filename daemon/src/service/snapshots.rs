@@ -175,7 +175,7 @@ impl Service {
                 };
                 create_parent(&file)?;
                 let own = driver::saved(&self.parts.layout.instance(row.id), saved.file);
-                std::fs::hard_link(&own, &file).io(format_args!("Linking {}", own.display()))?;
+                link(&own, &file)?;
                 saved.file = SavedFile::Snapshot(id);
                 let frozen = self.freeze_still(instance).await;
                 undo_file(&file, frozen.map(|()| Some(saved)))
@@ -308,7 +308,7 @@ impl Service {
                     driver::saved(&folder, saved.file),
                 );
                 files::discard(&own)?;
-                std::fs::hard_link(&kept, &own).io(format_args!("Linking {}", kept.display()))?;
+                link(&kept, &own)?;
                 saved.file = SavedFile::Suspended;
                 Some(saved)
             }
@@ -372,6 +372,12 @@ fn undo_file<T>(file: &std::path::Path, done: Result<T>) -> Result<T> {
         tracing::warn!(%err, "the memory of a snapshot that failed can't be removed");
     }
     done
+}
+
+/// Gives a file another name that is there after a power cut too: a row will say so.
+fn link(file: &std::path::Path, name: &std::path::Path) -> Result<()> {
+    std::fs::hard_link(file, name).io(format_args!("Linking {}", file.display()))?;
+    name.parent().map_or(Ok(()), files::sync_folder)
 }
 
 fn create_parent(file: &std::path::Path) -> Result<()> {
