@@ -221,6 +221,14 @@ async fn resume_one(service: &Service, instance: &Arc<Instance>) -> Result<bool>
     }
     if let Some(vm) = config.driver.adopt().await? {
         tracing::info!(instance = %row.name, "its VM was found running");
+        // A growth that was under way when the daemon before ended may have been done since.
+        match vm.disk_size().await {
+            Ok(size) if size == row.spec.disk => {}
+            Ok(size) => drop(instance.change(|row| row.spec.disk = size).await?),
+            Err(err) => {
+                tracing::warn!(instance = %row.name, %err, "it does not tell its disk's size");
+            }
+        }
         instance.set_machine(Machine::adopt(config, vm));
         return Ok(true);
     }

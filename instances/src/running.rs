@@ -156,6 +156,11 @@ impl RunningVm {
         &self.vm
     }
 
+    /// What the guest finds.
+    pub async fn disk_size(&self) -> Result<Size> {
+        self.vm.disk_size().await
+    }
+
     /// Forgets what the guest told so far: a restored one told of the machine that was saved.
     pub fn watched_from_now(mut self) -> Self {
         self.guest_events = watch::watch(self.guest.clone());

@@ -88,10 +88,11 @@ pub(super) fn upload(body: Body) -> Upload {
 
 /// The same for whom reads it at once.
 pub(super) fn uploaded(body: Body) -> impl Stream<Item = io::Result<Bytes>> + Send + Unpin {
-    let upload = upload(body);
-    Box::pin(futures_util::stream::unfold(upload, |mut upload| async {
+    let pieces = futures_util::stream::unfold(upload(body), |mut upload| async {
         Some((upload.recv().await?, upload))
-    }))
+    });
+    // A reader may ask again after the end.
+    Box::pin(pieces.fuse())
 }
 
 /// The operation when it has succeeded, or why it has not. A client that goes away meanwhile ends it.

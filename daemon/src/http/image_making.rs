@@ -2,15 +2,14 @@
 
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
-use pileus_api::archive::{IMAGE_MEDIA_TYPE, OPERATION_HEADER};
+use axum::response::Response;
+use pileus_api::archive::IMAGE_MEDIA_TYPE;
 use pileus_api::{ErrorReply, PackRequest};
 
-use super::archive::uploaded;
+use super::archive::{reply, uploaded};
 use super::{Json, Path, Reply};
 use crate::http::listener::Peer;
-use crate::service::{Export, Service};
+use crate::service::Service;
 
 /// Makes an image of an instance and sends it as `image.tar.zst`. The instance may run; it is not stopped.
 #[utoipa::path(post, operation_id = "pack_instance", path = "/v1/instances/{name}/pack", tag = "images",
@@ -29,7 +28,10 @@ pub async fn pack(
     Path(name): Path<String>,
     Json(request): Json<PackRequest>,
 ) -> Reply<Response> {
-    Ok(stream(service.pack_instance(&name, request).await?))
+    Ok(reply(
+        service.pack_instance(&name, request).await?,
+        IMAGE_MEDIA_TYPE,
+    ))
 }
 
 /// Makes an image by a recipe and sends it as `image.tar.zst`. The body is a `BuildRequest` as one line of JSON, then
@@ -46,16 +48,8 @@ pub async fn pack(
         (status = 408, description = "The client fell silent", body = ErrorReply)))]
 pub async fn build(State(service): State<Service>, peer: Peer, body: Body) -> Reply<Response> {
     let upload = service.receive_build(uploaded(body)).await?;
-    Ok(stream(service.build_image(upload, peer).await?))
-}
-
-fn stream(export: Export) -> Response {
-    let pieces = futures_util::stream::unfold(export.bytes, |mut bytes| async {
-        Some((bytes.recv().await?, bytes))
-    });
-    let headers = [
-        (header::CONTENT_TYPE.as_str(), IMAGE_MEDIA_TYPE.to_owned()),
-        (OPERATION_HEADER, export.operation.to_string()),
-    ];
-    (headers, Body::from_stream(pieces)).into_response()
+    Ok(reply(
+        service.build_image(upload, peer).await?,
+        IMAGE_MEDIA_TYPE,
+    ))
 }

@@ -78,11 +78,17 @@ impl Service {
         let below = row.spec.layers.iter().rev().nth(1).copied();
         let work = move || {
             fit(&layout, &moved, below)?;
-            freeze(&layout, &moved, layer, size)
+            // A disk never shrinks: a growth that was cut off may have been done all the same.
+            let size = overlay::size(&moved).map_or(size, |has| has.max(size));
+            freeze(&layout, &moved, layer, size).map(|()| size)
         };
-        if let Err(err) = super::blocking(work).await {
-            self.after_failed_freeze(instance, layer).await?;
-            return Err(err);
+        match super::blocking(work).await {
+            Ok(has) if has == size => {}
+            Ok(has) => drop(instance.change(|row| row.spec.disk = has).await?),
+            Err(err) => {
+                self.after_failed_freeze(instance, layer).await?;
+                return Err(err);
+            }
         }
         Ok((layer, disk))
     }

@@ -56,7 +56,6 @@ use crate::hub::Hub;
 use crate::operations::Operations;
 use crate::state::State;
 use crate::state::instances::{BrokenRow, Stage};
-pub(crate) use archive::Export;
 use registry::Registry;
 
 /// A guest's report that is older is asked for anew.

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use jiff::SignedDuration;
 use pileus_api::{Autostart, Event, InstanceState, OnCrash, StartRequest, StopRequest, Timestamp};
 use pileus_base::{Code, Error, Reporter, Result};
+use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
 use super::Service;
@@ -116,18 +117,28 @@ impl Service {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut told = HashMap::new();
         let mut crashes = Crashes::default();
-        for instance in self.parts.registry.all() {
-            self.after_crash(&instance, &mut crashes).await;
-        }
+        self.after_crashes(&mut crashes).await;
         loop {
             tokio::select! {
                 _ = tick.tick() => self.shutdowns(&mut told).await,
-                event = events.recv() => if let Ok(Event::Instance { id, state: InstanceState::Stopped, .. }) = event
-                    && let Some(instance) = self.parts.registry.by_id(id)
-                {
-                    self.after_crash(&instance, &mut crashes).await;
+                event = events.recv() => match event {
+                    Ok(Event::Instance { id, state: InstanceState::Stopped, .. }) => {
+                        if let Some(instance) = self.parts.registry.by_id(id) {
+                            self.after_crash(&instance, &mut crashes).await;
+                        }
+                    }
+                    // Which ones were missed is not known.
+                    Err(RecvError::Lagged(_)) => self.after_crashes(&mut crashes).await,
+                    Ok(_) => {}
+                    Err(RecvError::Closed) => return,
                 },
             }
+        }
+    }
+
+    async fn after_crashes(&self, crashes: &mut Crashes) {
+        for instance in self.parts.registry.all() {
+            self.after_crash(&instance, crashes).await;
         }
     }
 

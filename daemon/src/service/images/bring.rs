@@ -6,6 +6,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
+use futures_util::StreamExt;
 use pileus_api::{
     ErrorBody, ImageImportQuery, ImageInspectQuery, Inspection, Operation, OperationKind,
     PullRequest, Refusal,
@@ -252,7 +253,8 @@ fn reader(upload: Upload) -> impl AsyncRead + Unpin + Send {
     let stream = futures_util::stream::unfold(upload, |mut upload| async move {
         Some((upload.recv().await?, upload))
     });
-    StreamReader::new(Box::pin(stream))
+    // A reader may ask again after the end.
+    StreamReader::new(Box::pin(stream.fuse()))
 }
 
 #[cfg(test)]
