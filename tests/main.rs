@@ -5,6 +5,7 @@
 //! of them serves as many checks as it can.
 
 mod fake_archive;
+mod fake_archive_trouble;
 mod fake_faults;
 mod fake_hardware;
 mod fake_host;
