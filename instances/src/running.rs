@@ -191,8 +191,11 @@ impl RunningVm {
                 );
                 None
             }
-            qemu::VmEvent::Stopped
-            | qemu::VmEvent::Resumed
+            qemu::VmEvent::Stopped => {
+                tracing::debug!("QEMU halted it");
+                None
+            }
+            qemu::VmEvent::Resumed
             | qemu::VmEvent::GuestPort { .. }
             | qemu::VmEvent::DeviceGone { .. } => None,
         }

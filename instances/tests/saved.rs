@@ -376,6 +376,48 @@ async fn layers_are_put_on_a_running_disk_also_by_the_next_daemon() {
     }
 }
 
+/// The daemon ends while the machine runs and is being saved. At the end of the save QEMU would halt it, and nobody
+/// would let it go on.
+#[tokio::test]
+async fn a_save_that_nobody_waits_for_is_given_up() {
+    let qemu = qemu_or_skip!("a_save_that_nobody_waits_for_is_given_up");
+    let machine = Machine::new(&qemu);
+    let (vm, _events) = Vm::start(&qemu, &machine.spec, Vec::new(), None)
+        .await
+        .unwrap();
+    machine.greeted(1).await;
+    let file = machine.folder.path().join("save");
+    let uri = format!("file:{}", file.display());
+    let pause = json!([{"capability": "pause-before-switchover", "state": true}]);
+    for (command, arguments) in [
+        ("migrate-set-capabilities", json!({"capabilities": pause})),
+        ("migrate-set-parameters", json!({"max-bandwidth": 1000})),
+        ("migrate", json!({"uri": uri})),
+    ] {
+        vm.client().execute(command, arguments).await.unwrap();
+    }
+    let status = async |vm: &Vm| {
+        let now = vm.client().execute("query-migrate", json!({})).await;
+        now.unwrap()["status"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let until = Instant::now() + Duration::from_secs(30);
+    while status(&vm).await != "active" {
+        assert!(Instant::now() < until, "{}", status(&vm).await);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(vm.status().await.unwrap(), PowerState::Running);
+    let process = vm.process();
+    drop(vm);
+    let (vm, _events) = Vm::adopt(process, &machine.spec.paths).await.unwrap();
+    vm.wake().await.unwrap();
+    assert_eq!(status(&vm).await, "cancelled");
+    assert_eq!(vm.status().await.unwrap(), PowerState::Running);
+    vm.quit().await.unwrap();
+}
+
 #[tokio::test]
 async fn a_running_machine_is_forked() {
     let qemu = qemu_or_skip!("a_running_machine_is_forked");

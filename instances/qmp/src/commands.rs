@@ -437,6 +437,16 @@ pub struct Migration {
     pub error_desc: Option<String>,
 }
 
+impl Migration {
+    /// Whether QEMU works at it, or waits to be told to go on.
+    pub fn is_under_way(&self) -> bool {
+        matches!(
+            self.status.as_str(),
+            "setup" | "wait-unplug" | "active" | "pre-switchover" | "device" | "cancelling"
+        )
+    }
+}
+
 impl Command for QueryMigrate {
     const NAME: &'static str = "query-migrate";
     type Reply = Migration;

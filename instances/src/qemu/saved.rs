@@ -68,20 +68,32 @@ impl Vm {
         self.load(&file, false, stream, ALL_BOUND).await
     }
 
-    /// Lets a machine run that was halted to be saved; one that runs, or that a full disk halted, is left
-    /// alone.
+    /// Lets a machine run that was halted to be saved, or that would be: a save that somebody began and nobody
+    /// waits for is given up. One that runs for itself, or that a full disk halted, is left alone.
     pub async fn wake(&self) -> Result<()> {
         let begun = Instant::now();
         loop {
-            if self.status().await? != PowerState::Paused {
+            // Asked in this order: what halts it is a save, and there is no new one.
+            let saved = self.client().run(&QueryMigrate {}).await?.is_under_way();
+            let status = self.status().await?;
+            if !saved && status != PowerState::Paused {
                 return Ok(());
             }
+            tracing::debug!(?status, saved, "it is woken");
             self.cancel_save().await;
             // While QEMU still writes it can't.
-            match self.resume().await {
-                Err(err) if begun.elapsed() > DEVICES_BOUND => return Err(err),
-                _ => tokio::time::sleep(Duration::from_millis(20)).await,
+            let resumed = match status {
+                PowerState::Paused => self.resume().await,
+                _ => Ok(()),
+            };
+            if begun.elapsed() > DEVICES_BOUND {
+                return match (resumed, saved) {
+                    (Err(err), _) => Err(err),
+                    (Ok(()), false) => Ok(()),
+                    (Ok(()), true) => Err(failed("woken", Some("a save does not end"))),
+                };
             }
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
