@@ -140,15 +140,19 @@ fn shell_in_a_terminal(daemon: &Daemon) {
     });
     let mut screen = String::new();
     let mut wait_for = |words: &str| {
-        let until = Instant::now() + Duration::from_secs(30);
-        while !screen.contains(words) {
+        let until = Instant::now() + Duration::from_secs(90);
+        let end = loop {
+            if let Some(at) = screen.find(words) {
+                break at + words.len();
+            }
             let left = until.saturating_duration_since(Instant::now());
             match heard.recv_timeout(left) {
                 Ok(piece) => screen.push_str(&String::from_utf8_lossy(&piece)),
                 Err(_) => panic!("{words:?} did not appear:\n{screen}"),
             }
-        }
-        screen.clear();
+        };
+        // What came with it is for the next one.
+        screen.drain(..end);
     };
     wait_for("ubuntu@foo");
     terminal

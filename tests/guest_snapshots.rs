@@ -443,7 +443,7 @@ impl Screen {
     }
 
     fn shows(&mut self, words: &str) {
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + Duration::from_secs(90);
         while !self.text.contains(words) {
             let left = until.saturating_duration_since(Instant::now());
             match self.pieces.recv_timeout(left) {
