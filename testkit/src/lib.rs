@@ -1,6 +1,6 @@
 //! What tests stand on: a sealed world (network namespace, storage, environment), a daemon in it that
-//! can be killed and started again, the CLI with its output, the one guest image and the one template
-//! that all share, and a stand-in for QEMU (`bin/fake-qemu`).
+//! can be killed and started again, the CLI with its output, the guest image (one test has an older one) and the one
+//! template that all share, and a stand-in for QEMU (`bin/fake-qemu`).
 //!
 //! A test reads like instructions; whatever is long belongs here. Things that can't run on this
 //! machine say so loudly: [`need`] prints `SKIPPED: reason`, and in CI it fails instead.
